@@ -1,0 +1,35 @@
+"""torchem: single-particle cryo-EM refinement in PyTorch.
+
+Public names are loaded on first use, since importing torch takes seconds. The commands
+(``python -m torchem.refine``) are not among them: ``python -m`` would load them twice.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchem.data.particles import Particles
+    from torchem.em.options import RefineOptions
+    from torchem.em.refiner import Refiner
+    from torchem.errors import InputError
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "Particles", "RefineOptions", "Refiner", "__version__"]
+
+_HOME = {
+    "InputError": "torchem.errors",
+    "Particles": "torchem.data.particles",
+    "RefineOptions": "torchem.em.options",
+    "Refiner": "torchem.em.refiner",
+}
+
+# in a checkout, configs/ lies beside this package and is torchem.configs
+if (_root := Path(__file__).resolve().parents[1]).joinpath("pyproject.toml").is_file():
+    __path__.append(str(_root))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'torchem' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

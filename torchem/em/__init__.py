@@ -1,0 +1,1 @@
+"""Expectation maximization: gold-standard refinement of one or several references."""

@@ -1,0 +1,1 @@
+"""The machine: processes and devices, run folders, progress."""
