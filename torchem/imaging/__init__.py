@@ -1,0 +1,1 @@
+"""The physics that refinement, alignment and simulation share: optics, masks, projections, symmetry, resolution."""
