@@ -1,0 +1,194 @@
+"""One or several processes, one device each: who is here, and the few things they do together.
+
+Ranks come from torchrun's variables (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``), else from Open MPI's
+(``OMPI_COMM_WORLD_*``), else from those of a Slurm job step (``SLURM_PROCID``, ``SLURM_STEP_NUM_TASKS``).
+A single process makes no process group, and every collective is then the identity.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from torchem.errors import InputError
+
+T = TypeVar("T")
+
+# others wait this long, e.g. while the first process simulates a data set
+_PATIENCE = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that work on the run; ``World()`` is a single process on the CPU."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def share(self, count: int) -> range:
+        """Which of `count` things are this rank's: contiguous, sizes differ by at most one."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace `tensor` (contiguous) by its sum over all ranks, the same bits on each; returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+        """Replace `tensor` (contiguous) by that of rank `source`; returns it."""
+        if self.size > 1:
+            dist.broadcast(tensor, source)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def first(self, function: Callable[[], T]) -> T:
+        """Let rank 0 alone call `function`; every rank gets its result (picklable), or its InputError."""
+        if self.size == 1:
+            return function()
+        answer: list = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = function()
+            except InputError as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, 0, device=self.device if dist.get_backend() == "nccl" else None)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says of this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str | None  # of rank 0; None: the launcher does not say
+    port: int
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Read rank, number of ranks and the meeting point from the launcher's variables.
+
+    Two runs on one host must not meet at one port, so without ``MASTER_PORT`` it follows from the job's name.
+    """
+
+    def port(job: str) -> int:
+        return int(environment.get("MASTER_PORT") or 20000 + zlib.crc32(job.encode()) % 20000)
+
+    address = environment.get("MASTER_ADDR")
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank = int(environment["RANK"])
+        local = int(environment.get("LOCAL_RANK", rank))
+        return Launch(rank, int(environment["WORLD_SIZE"]), local, address, port("torchrun"))
+    if "OMPI_COMM_WORLD_RANK" in environment:
+        size = int(environment["OMPI_COMM_WORLD_SIZE"])
+        if address is None and int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", 0)) == size:
+            address = "127.0.0.1"
+        job = environment.get("PMIX_NAMESPACE", environment.get("OMPI_MCA_ess_base_jobid", "mpirun"))
+        local = int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
+        return Launch(int(environment["OMPI_COMM_WORLD_RANK"]), size, local, address, port(job))
+    # a batch script has SLURM_PROCID=0 and SLURM_NTASKS too, but is one process: only srun makes a step
+    if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+        job = environment.get("SLURM_JOB_ID", "") + "." + environment.get("SLURM_STEP_ID", "")
+        return Launch(
+            int(environment["SLURM_PROCID"]),
+            int(environment["SLURM_STEP_NUM_TASKS"]),
+            int(environment["SLURM_LOCALID"]),
+            address or _first_host(nodes),
+            port(job),
+        )
+    return Launch(0, 1, 0, address, port("alone"))
+
+
+def start(backend: str = "auto", device: str = "auto") -> World:
+    """Choose this process's device and, if there are others, join them.
+
+    A process joins once: further calls (the jobs of a sweep) use the same group.
+
+    Parameters
+    ----------
+    backend
+        ``nccl``, ``gloo``, ``mpi``, or ``auto``: NCCL on GPUs, gloo on CPUs.
+    device
+        ``cpu``, ``cuda``, or ``auto``: the GPU if there is one.
+
+    Raises
+    ------
+    InputError
+        A GPU, a backend or a meeting point that is not there.
+    """
+    launch = launched()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if device == "cuda" and gpus == 0:
+        raise InputError("device=cuda: PyTorch finds no CUDA device here; use device=cpu (or auto), or check nvidia-smi")
+    if backend == "auto":
+        backend = "nccl" if device == "cuda" else "gloo"
+    _check_backend(backend, device, gpus, launch)
+    here = torch.device("cuda", launch.local_rank % gpus) if device == "cuda" else torch.device("cpu")
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    if launch.size > 1 and not dist.is_initialized():
+        if backend == "mpi":
+            dist.init_process_group("mpi", timeout=_PATIENCE)
+        elif launch.address is None:
+            raise InputError(
+                f"{launch.size} processes on several hosts, and the launcher does not say where they meet: "
+                "give the first host's name, e.g. mpirun -x MASTER_ADDR=HOST …"
+            )
+        else:
+            dist.init_process_group(
+                backend,
+                init_method=f"tcp://{launch.address}:{launch.port}" if "RANK" not in os.environ else "env://",
+                rank=launch.rank,
+                world_size=launch.size,
+                timeout=_PATIENCE,
+            )
+    return World(launch.rank, launch.size, here)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _check_backend(backend: str, device: str, gpus: int, launch: Launch) -> None:
+    option = f"distributed.backend={backend}"
+    if backend == "mpi" and not dist.is_mpi_available():
+        raise InputError(
+            f"{option}: this PyTorch was built without MPI; use gloo or nccl, "
+            "which read their ranks from mpirun's variables as well"
+        )
+    if backend == "nccl":
+        if device != "cuda" or not dist.is_nccl_available():
+            raise InputError(f"{option}: NCCL joins GPUs, and this run uses the CPU; use gloo or leave it out")
+        if launch.local_rank >= gpus:
+            raise InputError(
+                f"{option}: process {launch.local_rank + 1} on a host with {gpus} GPU(s), and NCCL takes one process "
+                f"a GPU; start {gpus} a host, or use gloo to share GPUs"
+            )
+
+
+def _first_host(nodes: str) -> str | None:
+    """First name in Slurm's list: ``a[03-05,9],b`` -> ``a03``."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in match.groups()) if match else None

@@ -1,0 +1,118 @@
+"""The folder of a run: whether it is new, to be gone on with, or finished.
+
+A run is its folder: ``config.yaml`` holds the settings, ``run_it*_optimiser.star`` marks each iteration
+that was written whole, ``run_optimiser.star`` the end. Nothing is ever deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from torchem.errors import InputError
+
+# what may differ between two commands of one run
+_FREE = ("device", "distributed.", "resume", "run_name", "dataset.source")
+_ITERATION = re.compile(r"run_it(\d{3,})_optimiser\.star")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What is in a run folder."""
+
+    folder: Path
+    settings: dict[str, Any] | None  # config.yaml, None if there is none
+    iteration: int | None  # last one written whole
+    finished: bool
+
+    @property
+    def used(self) -> bool:
+        return self.iteration is not None or self.finished
+
+
+def inspect(folder: Path) -> RunState:
+    """Read the state of a run folder, which need not exist."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    iterations = [int(match[1]) for name in names if (match := _ITERATION.fullmatch(name))]
+    settings = None
+    if "config.yaml" in names:
+        try:
+            settings = yaml.safe_load((folder / "config.yaml").read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise InputError(f"{folder / 'config.yaml'}: not a torchem configuration; choose another run_name=NEW")
+    return RunState(folder, settings, max(iterations, default=None), "run_optimiser.star" in names)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"sampling.offset_step": 2.0}``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines ``option: old value -> new value`` for all that differs and matters to the result."""
+    old, new = flatten(before), flatten(now)
+    return [
+        f"{option}: {_shown(old.get(option))} -> {_shown(new.get(option))}"
+        for option in sorted(old.keys() | new.keys())
+        if old.get(option) != new.get(option) and not option.startswith(_FREE)
+    ]
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename `folder` to the first free of ``NAME.1``, ``NAME.2``, …; returns the new name."""
+    folder = folder.resolve()
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def prepare(folder: Path, n_bytes: int) -> None:
+    """Make `folder` and see that it can be written to and that its disk has `n_bytes` left.
+
+    Raises
+    ------
+    InputError
+        It cannot, or has not.
+    """
+    remedy = "choose another folder with hydra.run.dir=FOLDER"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write there ({error.strerror}); {remedy}") from error
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise InputError(
+            f"{folder}: the disk has {free / 1e9:.3g} GB left and this needs about {n_bytes / 1e9:.3g} GB; "
+            f"make room, or {remedy}"
+        )
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Keep `settings` as the run's ``config.yaml``."""
+    temporary = folder / f".config.yaml.{os.getpid()}"
+    temporary.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    os.replace(temporary, folder / "config.yaml")
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
