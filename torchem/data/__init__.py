@@ -1,0 +1,1 @@
+"""Files: particles, STAR, MRC, RELION's and cryoSPARC's metadata, atomic models."""
