@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from torchem.data.mrc import read_map
 from torchem.data.star import read_star
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
 
 def run_figure(folder: Path, title: str, simulated: bool = False) -> Path:
@@ -63,7 +68,7 @@ def run_figure(folder: Path, title: str, simulated: bool = False) -> Path:
     return path
 
 
-def _fsc(axis, shells) -> None:
+def _fsc(axis: Axes, shells: pd.DataFrame) -> None:
     frequency = shells["rlnResolution"].to_numpy(float)
     fsc = shells["rlnGoldStandardFsc"].to_numpy(float)
     axis.axhline(0.143, color="0.6", linewidth=0.8)
@@ -78,7 +83,7 @@ def _fsc(axis, shells) -> None:
     )  # fmt: skip
 
 
-def _angles(axis, rot: np.ndarray, tilt: np.ndarray) -> None:
+def _angles(axis: Axes, rot: np.ndarray, tilt: np.ndarray) -> None:
     # equal areas: directions that are spread evenly give an even picture
     image = axis.hist2d(rot, np.cos(np.deg2rad(tilt)), bins=(36, 18), range=((-180, 180), (-1, 1)), cmap="magma")[3]
     axis.figure.colorbar(image, ax=axis, label="particles")
@@ -86,7 +91,9 @@ def _angles(axis, rot: np.ndarray, tilt: np.ndarray) -> None:
     axis.set(title="viewing directions", xlabel="rot (°)", ylabel="tilt (°)", xticks=(-180, -90, 0, 90, 180))
 
 
-def _history(axis, folder: Path) -> None:
+def _history(axis: Axes, folder: Path) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     points = [
         (iteration, _resolution(folder / f"run_it{iteration:03d}_half1_model.star"))
         for iteration in _iterations(folder)
@@ -98,7 +105,7 @@ def _history(axis, folder: Path) -> None:
     axis.set(title="resolution by iteration", xlabel="iteration", ylabel="resolution (Å)", yscale="log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _iterations(folder: Path) -> list[int]:

@@ -11,7 +11,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -32,7 +32,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def share(self, count: int) -> range:
         """Which of `count` things are this rank's: contiguous, sizes differ by at most one."""
@@ -56,7 +56,10 @@ class World:
             dist.barrier()
 
     def first(self, function: Callable[[], T]) -> T:
-        """Let rank 0 alone call `function`; every rank gets its result (picklable), or its InputError."""
+        """Let rank 0 alone call `function`; every rank gets its result (picklable), or its InputError.
+
+        On the other ranks the error is marked as met ``elsewhere``.
+        """
         if self.size == 1:
             return function()
         answer: list = [None, None]
@@ -67,6 +70,7 @@ class World:
                 answer[1] = error
         dist.broadcast_object_list(answer, 0, device=self.device if dist.get_backend() == "nccl" else None)
         if answer[1] is not None:
+            answer[1].elsewhere = self.rank != 0
             raise answer[1]
         return answer[0]
 
@@ -139,7 +143,7 @@ def start(backend: str = "auto", device: str = "auto") -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     if device == "cuda" and gpus == 0:
-        raise InputError("device=cuda: PyTorch finds no CUDA device here; use device=cpu (or auto), or check nvidia-smi")
+        raise InputError("device=cuda: PyTorch finds no CUDA device here; use device=cpu or auto, or check nvidia-smi")
     if backend == "auto":
         backend = "nccl" if device == "cuda" else "gloo"
     _check_backend(backend, device, gpus, launch)

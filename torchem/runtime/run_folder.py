@@ -18,7 +18,7 @@ import yaml
 
 from torchem.errors import InputError
 
-# what may differ between two commands of one run
+# what may differ between two commands of one run: the result does not hang on it
 _FREE = ("device", "distributed.", "resume", "run_name", "dataset.source")
 _ITERATION = re.compile(r"run_it(\d{3,})_optimiser\.star")
 
@@ -63,13 +63,18 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def may_change(option: str) -> bool:
+    """Whether two commands of one run may differ in `option`."""
+    return option.startswith(_FREE)
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lines ``option: old value -> new value`` for all that differs and matters to the result."""
     old, new = flatten(before), flatten(now)
     return [
         f"{option}: {_shown(old.get(option))} -> {_shown(new.get(option))}"
         for option in sorted(old.keys() | new.keys())
-        if old.get(option) != new.get(option) and not option.startswith(_FREE)
+        if old.get(option) != new.get(option) and not may_change(option)
     ]
 
 

@@ -1,0 +1,431 @@
+"""Gold-standard 3D refinement, from a particle stack to a map.
+
+    python -m torchem.refine                                  the built-in demo, simulated on first use
+    python -m torchem.refine +dataset=betagal                 a described data set (configs/dataset/)
+    python -m torchem.refine dataset.star=particles.star dataset.particle_diameter=200 dataset.symmetry=D2 \\
+        reference.map=reference.mrc                           your own
+    torchrun --nproc_per_node=4 -m torchem.refine …           several processes; also mpirun, srun
+    python -m torchem.refine -m seed=1,2,3                    a sweep
+
+A run lives in outputs/DATASET/RUN_NAME; the same command again goes on where it stopped. Every option with
+unit and default: torchem/em/options.py, or ``--cfg job``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from torchem.em.options import DatasetOptions, RefineOptions, StandIn
+from torchem.errors import InputError
+from torchem.runtime import run_folder
+from torchem.runtime.progress import Progress, duration
+from torchem.runtime.run_folder import RunState
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from torchem.data.particles import Particles
+    from torchem.em.refiner import Iteration
+    from torchem.runtime.distributed import World
+
+log = logging.getLogger("torchem.refine")
+
+# simulated data sets, relative to the folder where the command is given
+STAND_INS = Path("outputs/datasets")
+
+# what a disk or a folder may refuse, before and during a run
+_DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What rank 0 found out before the work and tells the others."""
+
+    options: RefineOptions  # complete: dataset.star, reference.map and so on are what is used
+    state: RunState
+    simulated: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is refined: tables, and maps at the particles' box and pixel size."""
+
+    particles: Particles
+    reference: np.ndarray
+    mask: np.ndarray | None
+
+
+def dataset_name(name: str | None, star: str | None) -> str:
+    """Name of the data set, and so of the run's parent folder."""
+    return name or (Path(star).stem if star else "demo")
+
+
+ConfigStore.instance().store(name="refine_schema", node=RefineOptions)
+OmegaConf.register_new_resolver("dataset_name", dataset_name, replace=True)
+
+
+def main() -> None:
+    """Run the command; whatever the user can mend is told on one screen, without a traceback."""
+    # Hydra then lets errors through as they are, to be told here
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    with _telling():
+        check_option_names(sys.argv[1:])
+        _command()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://torchem.configs", config_name="refine")
+def _command(config: DictConfig) -> None:
+    # within Hydra too, which would say more than the user needs
+    with _telling():
+        from torchem.runtime import distributed
+
+        options = to_options(OmegaConf.to_container(config, resolve=True))
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        world = distributed.start(options.distributed.backend, options.device)
+        with Progress(speaking=world.rank == 0) as progress:
+            refine(options, folder, world, progress)
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """End the process with a message for everything that the user can mend."""
+    try:
+        yield
+    except InputError as error:
+        _fail("" if error.elsewhere else str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        # Hydra's own message says which option, its cause why
+        cause = str(error.__cause__ or "").partition("\n")[0]
+        _fail(": ".join(text for text in (str(error), cause) if text))
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        _fail(f"{error.filename}: {error.strerror}; free space or rights, or choose another hydra.run.dir=FOLDER")
+    except KeyboardInterrupt:
+        _fail("interrupted: the same command again goes on after the last whole iteration", status=130)
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def to_options(settings: Any) -> RefineOptions:
+    """Turn nested plain settings into options; unknown keys and values of a wrong type are refused."""
+    # the structured config refuses what +typo=3 had added to Hydra's
+    merged = OmegaConf.merge(OmegaConf.structured(RefineOptions), OmegaConf.create(settings))
+    options = OmegaConf.to_object(merged)
+    assert isinstance(options, RefineOptions)
+    return options
+
+
+def check_option_names(arguments: Sequence[str]) -> None:
+    """Refuse options that do not exist, with the nearest that does; Hydra's own advice would be ``+typo=3``.
+
+    Raises
+    ------
+    InputError
+        Names the option.
+    """
+    known = run_folder.flatten(asdict(RefineOptions(dataset=DatasetOptions(stand_in=StandIn()))))
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        name = key.lstrip("+~")
+        if not equals or key.startswith("-") or name in known or name.partition(".")[0].startswith("hydra"):
+            continue
+        if name == "dataset":
+            if not key.startswith("+"):
+                raise InputError(f"{argument}: write +dataset={value}")
+            continue
+        near = difflib.get_close_matches(name, known, n=1) or [
+            option for option in known if option.rpartition(".")[2] == name.rpartition(".")[2]
+        ]
+        advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"
+        raise InputError(f"{argument}: there is no option {name}; {advice}")
+
+
+def refine(options: RefineOptions, folder: Path, world: World, progress: Progress) -> None:
+    """Start, go on with, or report the run in `folder`.
+
+    Raises
+    ------
+    InputError
+        Anything that keeps the run from starting, before any work.
+    """
+    inputs: Inputs | None = None
+
+    def first() -> Job:
+        nonlocal inputs
+        job = plan(options, folder)
+        if not finished(job):
+            inputs = prepare(job, progress)
+        return job
+
+    job = world.first(first)
+    if not finished(job):
+        _iterate(job, inputs or load(job.options, checked=False), world)
+    if world.rank == 0:
+        _conclude(job)
+
+
+def plan(options: RefineOptions, folder: Path) -> Job:
+    """Complete the options, and decide from the run folder what is to be done; it may be moved aside.
+
+    Raises
+    ------
+    InputError
+        Options out of bounds, data that are not here, a folder that holds another run.
+    """
+    if options.resume not in ("auto", "never"):
+        folder = Path(options.resume)
+        options = _with_settings_of(folder, options)
+    options, simulated = complete(options)
+    options.check()
+    state = run_folder.inspect(folder)
+    if options.resume == "never" and (state.used or state.settings is not None):
+        log.info("%s moved aside to %s", folder, run_folder.move_aside(folder))
+        state = run_folder.inspect(folder)
+    if state.used:
+        if state.settings is None:
+            raise InputError(f"{folder}: holds a run that torchem did not start; choose another with run_name=NEW")
+        changed = run_folder.changes(state.settings, asdict(options))
+        if changed:
+            raise InputError(
+                f"{folder}: holds a run with other settings; start a new one with run_name=NEW, "
+                "or move this one aside with resume=never. Changed:\n  " + "\n  ".join(changed)
+            )
+    return Job(options, state, simulated)
+
+
+def _with_settings_of(folder: Path, options: RefineOptions) -> RefineOptions:
+    """Take the settings of the run in `folder` where none other than the default is given."""
+    state = run_folder.inspect(folder)
+    if state.settings is None:
+        raise InputError(f"resume={folder}: no run is there; give the folder that holds its config.yaml")
+    if options.dataset != DatasetOptions():
+        options, _ = complete(options)
+    default = run_folder.flatten(asdict(RefineOptions()))
+    settings = OmegaConf.create(state.settings)
+    for option, value in run_folder.flatten(asdict(options)).items():
+        if value != default.get(option) or run_folder.may_change(option):
+            OmegaConf.update(settings, option, value)
+    return to_options(settings)
+
+
+def finished(job: Job) -> bool:
+    """Whether nothing is left to do: converged, or as many iterations as asked for."""
+    return job.state.finished or (job.state.iteration or 0) >= job.options.max_iterations
+
+
+def complete(options: RefineOptions) -> tuple[RefineOptions, bool]:
+    """Fill in the data set: the demo if none is named, the stand-in if its STAR file is not here, C1.
+
+    Returns
+    -------
+    The complete options, and whether the particles are simulated.
+    """
+    dataset, reference = options.dataset, options.reference
+    if dataset.star is None and dataset.stand_in is None:
+        if dataset.name not in (None, "demo"):
+            raise InputError(
+                f"dataset.star is not given for dataset.name={dataset.name}; give dataset.star=FILE.star "
+                "(or FILE.cs), or a described data set by +dataset=NAME"
+            )
+        demo = OmegaConf.load(str(resources.files("torchem.configs") / "dataset" / "demo.yaml"))
+        own = {key: value for key, value in asdict(dataset).items() if value is not None}
+        described = to_options(OmegaConf.merge(demo, {"dataset": own}))
+        dataset = described.dataset
+    name = dataset_name(dataset.name, dataset.star)
+    dataset = replace(dataset, name=name, symmetry=dataset.symmetry or "C1")
+    stand_in = STAND_INS / name / "particles.star"
+    here = dataset.star is not None and Path(dataset.star).is_file()
+    simulated = dataset.stand_in is not None and (not here or Path(str(dataset.star)) == stand_in)
+    if simulated:
+        assert dataset.stand_in is not None
+        if dataset.star not in (None, str(stand_in)):
+            log.warning(
+                "%s is not here: using a SIMULATED stand-in of %d particles of %d px, %s. Real data: %s",
+                dataset.star, dataset.stand_in.n_particles, dataset.stand_in.box, stand_in, dataset.source,
+            )  # fmt: skip
+        dataset = replace(dataset, star=str(stand_in))
+        if reference.map is None:
+            reference = replace(reference, map=str(stand_in.with_name("reference.mrc")))
+    elif not here:
+        raise InputError(
+            f"dataset.star={dataset.star}: no such file; "
+            + (f"get the data from {dataset.source}" if dataset.source else "check the path")
+        )
+    if reference.map is None:
+        raise InputError(
+            "reference.map is not given; give an initial map (.mrc) or an atomic model (.pdb, .cif)"
+            + (f". {dataset.source}" if dataset.source else "")
+        )
+    return replace(options, dataset=dataset, reference=reference), simulated
+
+
+def make_stand_in(dataset: DatasetOptions, progress: Progress) -> None:
+    """Simulate the data set that `dataset.star` names, once; a half-made one is made again.
+
+    Raises
+    ------
+    InputError
+        Another data set is there, or no room.
+    """
+    from torchem.imaging.simulation import make_dataset
+
+    assert dataset.star is not None and dataset.stand_in is not None
+    folder, wanted = Path(dataset.star).parent, asdict(dataset.stand_in) | {"symmetry": dataset.symmetry}
+    there = run_folder.inspect(folder)
+    if there.settings is not None:
+        changed = run_folder.changes(there.settings, wanted)
+        if changed:
+            raise InputError(
+                f"{folder}: holds simulated particles with other settings; give these another dataset.name=NEW. "
+                "Changed:\n  " + "\n  ".join(changed)
+            )
+        return
+    run_folder.prepare(folder, 5 * dataset.stand_in.n_particles * dataset.stand_in.box**2)
+    log.info("simulating %d particles of %d px in %s", dataset.stand_in.n_particles, dataset.stand_in.box, folder)
+    make_dataset(folder, **wanted, progress=progress.task("simulating particles"))
+    # last: its presence says that the data set is whole
+    run_folder.write_settings(folder, wanted)
+
+
+def prepare(job: Job, progress: Progress) -> Inputs:
+    """Do all that comes before the first iteration: folder, stand-in, reading, every check.
+
+    Raises
+    ------
+    InputError
+        The first thing found that would make the run fail or mean nothing.
+    """
+    folder = job.state.folder
+    run_folder.prepare(folder, 0)
+    if job.simulated:
+        make_stand_in(job.options.dataset, progress)
+    inputs = load(job.options, checked=True)
+    run_folder.prepare(folder, _bytes_of_run(len(inputs.particles), len(inputs.reference)))
+    run_folder.write_settings(folder, asdict(job.options))
+    return inputs
+
+
+def load(options: RefineOptions, checked: bool) -> Inputs:
+    """Read the particles (tables, not yet images), and the reference and mask at their box and pixel size.
+
+    Parameters
+    ----------
+    checked
+        Also look for everything in them that would make the run fail or mean nothing.
+    """
+    from torchem.data.particles import Particles
+    from torchem.em.reference import read_mask, read_reference
+
+    dataset = options.dataset
+    assert dataset.star is not None and options.reference.map is not None
+    particles = Particles.read(dataset.star, root=dataset.root, pixel_size=dataset.pixel_size)
+    if checked:
+        options.check_against(particles)
+        particles.check(ctf=options.ctf, particle_diameter=dataset.particle_diameter)
+    box, pixel_size = particles.optics[0].box, particles.optics[0].pixel_size
+    return Inputs(
+        particles,
+        read_reference(options.reference.map, box, pixel_size),
+        None if options.reference.mask is None else read_mask(options.reference.mask, box, pixel_size),
+    )
+
+
+def _bytes_of_run(n_particles: int, box: int) -> int:
+    """About what a run of 20 iterations writes: maps and checkpoint (as much again), and one row a particle."""
+    return 20 * (2 * 2 * 4 * box**3 + 700 * n_particles)
+
+
+def _iterate(job: Job, inputs: Inputs, world: World) -> None:
+    from torchem.em.refiner import Refiner
+
+    state = job.state
+    if state.iteration is None:
+        log.info("refining %d particles in %s", len(inputs.particles), state.folder)
+    else:
+        log.info("going on after iteration %d in %s", state.iteration, state.folder)
+    make = Refiner if state.iteration is None else Refiner.resume
+    refiner = make(
+        job.options, inputs.particles, inputs.reference, inputs.mask,
+        folder=state.folder, world=world, simulated=job.simulated,
+    )  # fmt: skip
+    for iteration in refiner:
+        log.info("%s", _line(iteration, job))
+
+
+def _line(iteration: Iteration, job: Job) -> str:
+    order = iteration.healpix_order
+    return (
+        f"iteration {iteration.number}: {iteration.resolution_angst:.2f} Å, Pmax {iteration.pmax:.3f}, "
+        f"{60 / 2**order:.3g}° {'local' if iteration.local else 'global'}, {iteration.current_size} px, "
+        f"{duration(iteration.seconds)}" + _left(iteration, job.options) + (" (simulated)" if job.simulated else "")
+    )
+
+
+def _left(iteration: Iteration, options: RefineOptions) -> str:
+    """Time left, from what auto-refinement needs: two iterations a sampling until it is fine enough, and the last."""
+    if iteration.converged:
+        return ""
+    order, fine = iteration.healpix_order, 60 / 2 ** (iteration.healpix_order + options.sampling.oversampling)
+    # before the accuracy is known: as far as the first local searches
+    known = 0 < iteration.acc_rot <= 30
+    first_local = 60 / 2 ** (options.sampling.local_healpix_order + options.sampling.oversampling)
+    target = 0.75 * iteration.acc_rot if known else first_local
+    finer = 0
+    while fine > target and order + finer < 8:
+        fine, finer = fine / 2, finer + 1
+    # the last is done at the full image size
+    iterations = min(2 * finer + 3, options.max_iterations - iteration.number)
+    return f", about {duration(max(iterations, 0) * iteration.seconds)} left"
+
+
+def _conclude(job: Job) -> None:
+    """Say what was reached and where it is, and draw it."""
+    state = run_folder.inspect(job.state.folder)
+    reached = _reached(state)
+    picture = state.folder / "run.png"
+    if not finished(job) or not picture.is_file():
+        from torchem.report.run_figure import run_figure
+
+        dataset = job.options.dataset
+        run_figure(state.folder, f"{dataset.name}, {dataset.symmetry}: {reached}", job.simulated)
+    map_ = state.folder / ("run_class001.mrc" if state.finished else f"run_it{state.iteration:03d}_half1_class001.mrc")
+    log.info("%s%s; map: %s, picture: %s", "SIMULATED particles: " if job.simulated else "", reached, map_, picture)
+
+
+def _reached(state: RunState) -> str:
+    """What a run has come to, from its files."""
+    from torchem.data.star import read_star
+
+    stem = "run" if state.finished else f"run_it{state.iteration:03d}_half1"
+    shells = read_star(state.folder / f"{stem}_model.star")["model_class_1"]
+    below = (shells["rlnGoldStandardFsc"].to_numpy(float) < 0.143).nonzero()[0]
+    last = max(1, below[0] - 1 if len(below) else len(shells) - 1)
+    angst = shells["rlnAngstromResolution"].to_numpy(float)[last]
+    how = "converged" if state.finished else "stopped at max_iterations before convergence"
+    return f"{how} at {angst:.2f} Å (gold-standard FSC 0.143, no mask) after iteration {state.iteration}"
+
+
+if __name__ == "__main__":
+    main()
