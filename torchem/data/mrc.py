@@ -56,9 +56,7 @@ def read_header(path: str | Path) -> Header:
     except FileNotFoundError:
         raise InputError(f"file {path} not found; check the path") from None
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{path} cannot be read as an MRC file ({error}); give an MRC map or stack"
-        ) from error
+        raise InputError(f"{path} cannot be read as an MRC file ({error}); give an MRC map or stack") from error
     if mode not in _TYPES or min(shape) < 1 or offset < 1024:
         raise InputError(
             f"{path}: MRC mode {mode} with {shape[2]} x {shape[1]} x {shape[0]} values cannot be read; it is either no "
@@ -75,8 +73,7 @@ def read_header(path: str | Path) -> Header:
     if sorted(axes) != [1, 2, 3]:
         axes = (1, 2, 3)  # old programs leave zeros there
     voxel = tuple(
-        length / count if count > 0 and length > 0 else 0.0
-        for length, count in zip(cell, sampling, strict=True)
+        length / count if count > 0 and length > 0 else 0.0 for length, count in zip(cell, sampling, strict=True)
     )
     return Header(shape, dtype, offset, voxel, axes, volume)  # type: ignore[arg-type]
 

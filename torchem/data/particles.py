@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from torchem.data.cryosparc import read_cs
 from torchem.data.files import find
 from torchem.data.mrc import ImageStacks
 from torchem.data.star import read_star, write_star
@@ -34,9 +35,7 @@ _GROUP_LABELS = [
     "rlnCtfDataArePhaseFlipped",
 ]
 # in pixels before RELION 3.1, in Å since
-_PIXEL_LABELS = {
-    f"rlnOrigin{axis}{prior}": f"rlnOrigin{axis}{prior}Angst" for axis in "XYZ" for prior in ("", "Prior")
-}
+_PIXEL_LABELS = {f"rlnOrigin{axis}{prior}": f"rlnOrigin{axis}{prior}Angst" for axis in "XYZ" for prior in ("", "Prior")}
 _CTF_LABELS = ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle")
 _CTF_GROUP_LABELS = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
 # not RELION's: -1 where cryoSPARC says that an image's contrast is inverted on reading
@@ -67,9 +66,7 @@ class Particles:
     root: Path | None = None
 
     @classmethod
-    def read(
-        cls, path: str | Path, root: str | Path | None = None, pixel_size: float | None = None
-    ) -> "Particles":
+    def read(cls, path: str | Path, root: str | Path | None = None, pixel_size: float | None = None) -> "Particles":
         """Particles of a RELION STAR file (2.x to 5) or a cryoSPARC .cs file.
 
         Parameters
@@ -92,9 +89,7 @@ class Particles:
         if pixel_size is not None and not pixel_size > 0:
             raise InputError(f"dataset.pixel_size={pixel_size} is not positive; give Å per pixel")
         if path.suffix == ".cs":
-            from torchem.data.cryosparc import read_cs
-
-            table, optics = read_cs(path)
+            table, optics = _regroup(path, read_cs(path))
         else:
             table, optics = _tables(path)
         if len(table) == 0:
@@ -112,9 +107,7 @@ class Particles:
         """The particles of these rows (indices or a mask), in this order."""
         indices = np.asarray(indices)
         rows = np.flatnonzero(indices) if indices.dtype == bool else indices
-        return Particles(
-            self.table.iloc[rows].reset_index(drop=True), self.optics_table, self.source, self.root
-        )
+        return Particles(self.table.iloc[rows].reset_index(drop=True), self.optics_table, self.source, self.root)
 
     @cached_property
     def optics(self) -> list[Optics]:
@@ -138,8 +131,9 @@ class Particles:
 
     @property
     def has_poses(self) -> bool:
-        """Whether the file gives orientations."""
-        return all(label in self.table for label in ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"))
+        """Whether the file gives orientations: all three angles, and not 0 throughout as RELION has them at the start."""
+        labels = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+        return all(label in self.table for label in labels) and bool(np.any(self.euler))
 
     @property
     def euler(self) -> np.ndarray:
@@ -150,9 +144,7 @@ class Particles:
     @property
     def origin_angst(self) -> np.ndarray:
         """`(n, 2)` float64 shifts in Å, x then y, that centre the particles when applied; 0 where there are none."""
-        return np.stack(
-            [self._numbers(label, 0.0) for label in ("rlnOriginXAngst", "rlnOriginYAngst")], axis=1
-        )
+        return np.stack([self._numbers(label, 0.0) for label in ("rlnOriginXAngst", "rlnOriginYAngst")], axis=1)
 
     @property
     def random_subset(self) -> np.ndarray | None:
@@ -301,9 +293,7 @@ class Particles:
     def _size_on_disc(self, row: int) -> int:
         members = np.flatnonzero(self.optics_group == row)
         if len(members) == 0:
-            raise InputError(
-                f"{self.source}: optics group {row + 1} has no particles and no rlnImageSize; remove it"
-            )
+            raise InputError(f"{self.source}: optics group {row + 1} has no particles and no rlnImageSize; remove it")
         return self.stacks.header(int(self.stacks.file[members[0]])).shape[2]
 
     def _optics(self, row: int) -> Optics:
@@ -356,20 +346,15 @@ class Particles:
         try:
             path = self._resolve(name)
         except InputError as error:
-            raise InputError(
-                f"{error}\nor take the column rlnMtfFileName out to go without the MTF"
-            ) from None
+            raise InputError(f"{error}\nor take the column rlnMtfFileName out to go without the MTF") from None
         for block in read_star(path).values():
             if "rlnResolutionInversePixel" in block and "rlnMtfValue" in block:
                 frame = pd.DataFrame(block)
                 frequencies, values = (
-                    _numbers(path, frame, label, block="mtf")
-                    for label in ("rlnResolutionInversePixel", "rlnMtfValue")
+                    _numbers(path, frame, label, block="mtf") for label in ("rlnResolutionInversePixel", "rlnMtfValue")
                 )
                 return tuple(frequencies.tolist()), tuple(values.tolist())
-        raise InputError(
-            f"{path} has no columns rlnResolutionInversePixel and rlnMtfValue; give RELION's MTF file"
-        )
+        raise InputError(f"{path} has no columns rlnResolutionInversePixel and rlnMtfValue; give RELION's MTF file")
 
     def _check_ctf(self) -> None:
         missing = [label for label in _CTF_GROUP_LABELS if label not in self.optics_table]
@@ -400,13 +385,8 @@ class Particles:
                 raise InputError(
                     f"{stacks.path(file)}: images of {size} px; the box must be even, extract the particles again"
                 )
-        if (
-            "rlnImageDimensionality" in self.optics_table
-            and (self.optics_table["rlnImageDimensionality"] != 2).any()
-        ):
-            raise InputError(
-                f"{self.source}: rlnImageDimensionality is not 2; subtomograms cannot be refined here"
-            )
+        if "rlnImageDimensionality" in self.optics_table and (self.optics_table["rlnImageDimensionality"] != 2).any():
+            raise InputError(f"{self.source}: rlnImageDimensionality is not 2; subtomograms cannot be refined here")
 
     def _check_diameter(self, diameter: float) -> None:
         if not diameter > 0:
@@ -424,9 +404,7 @@ class Particles:
 
         RELION stops at the first image; here a tenth of the sample may fail, since real sets hold edges and ice.
         """
-        sample = np.unique(
-            np.linspace(0, len(self) - 1, min(_NORM_CHECKED, len(self))).round().astype(np.int64)
-        )
+        sample = np.unique(np.linspace(0, len(self) - 1, min(_NORM_CHECKED, len(self))).round().astype(np.int64))
         bad: list[tuple[int, float, float]] = []
         usable = 0
         for row in sample.tolist():
@@ -459,9 +437,7 @@ def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Particle and optics tables of a STAR file of any version, origins not yet converted."""
     blocks = read_star(path)
     loops = {name: block for name, block in blocks.items() if isinstance(block, pd.DataFrame)}
-    name = next(
-        (name for name in ("particles", *loops) if name in loops and "rlnImageName" in loops[name]), None
-    )
+    name = next((name for name in ("particles", *loops) if name in loops and "rlnImageName" in loops[name]), None)
     if name is None:
         raise InputError(
             f"{path} has no loop with the column rlnImageName (blocks: {', '.join('data_' + block for block in blocks)}); "
@@ -474,9 +450,7 @@ def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     if isinstance(optics, dict):
         optics = pd.DataFrame({label: [value] for label, value in optics.items()})
     if len(optics) == 0 or "rlnOpticsGroup" not in optics:
-        raise InputError(
-            f"{path}: data_optics has no rlnOpticsGroup; write the file again with RELION 3.1 or later"
-        )
+        raise InputError(f"{path}: data_optics has no rlnOpticsGroup; write the file again with RELION 3.1 or later")
     if "rlnOpticsGroup" not in table:
         if len(optics) > 1:
             raise InputError(
@@ -496,18 +470,14 @@ def _regroup(path: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFram
             raise InputError(f"{path}, row {row + 1}: rlnMagnification is {magnification[row]:g}; correct it")
         # detector pixels in µm
         pixel = 1e4 * _numbers(path, table, "rlnDetectorPixelSize") / magnification
-        table = table.drop(columns=["rlnMagnification", "rlnDetectorPixelSize"]).assign(
-            rlnImagePixelSize=pixel
-        )
+        table = table.drop(columns=["rlnMagnification", "rlnDetectorPixelSize"]).assign(rlnImagePixelSize=pixel)
     elif "rlnPixelSize" in table and "rlnImagePixelSize" not in table:
         table = table.rename(columns={"rlnPixelSize": "rlnImagePixelSize"})
     labels = [label for label in _GROUP_LABELS if label in table]
     if labels:
         constants = table[labels]
         optics = constants.drop_duplicates().reset_index(drop=True)
-        number = constants.merge(optics.assign(number=np.arange(1, len(optics) + 1)), on=labels, how="left")[
-            "number"
-        ]
+        number = constants.merge(optics.assign(number=np.arange(1, len(optics) + 1)), on=labels, how="left")["number"]
         numbers = number.to_numpy(np.int64)
     else:
         optics, numbers = pd.DataFrame(index=[0]), np.ones(len(table), np.int64)
@@ -544,9 +514,7 @@ def _origins_to_angstrom(path: Path, table: pd.DataFrame, optics: pd.DataFrame) 
     if not present:
         return
     if "rlnImagePixelSize" not in optics:
-        raise InputError(
-            f"{path} has origins in pixels but no pixel size; give it as dataset.pixel_size=ANGSTROM"
-        )
+        raise InputError(f"{path} has origins in pixels but no pixel size; give it as dataset.pixel_size=ANGSTROM")
     pixel = _numbers(path, optics, "rlnImagePixelSize", block="optics")[_group_rows(path, table, optics)]
     for label in present:
         position = table.columns.get_loc(label)

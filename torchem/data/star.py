@@ -53,14 +53,10 @@ def read_star(path: str | Path) -> dict[str, Block]:
             blocks[name] = {}
             at += 1
         elif name is None:
-            raise InputError(
-                f"{path}, line {at + 1}: {line[:60]!r} before any data_ block; this is no STAR file"
-            )
+            raise InputError(f"{path}, line {at + 1}: {line[:60]!r} before any data_ block; this is no STAR file")
         elif line.split()[0] == "loop_":
             if len(blocks[name]):
-                raise InputError(
-                    f"{path}, line {at + 1}: a second loop_ in block data_{name}; split the block"
-                )
+                raise InputError(f"{path}, line {at + 1}: a second loop_ in block data_{name}; split the block")
             blocks[name], at = _loop(path, name, lines, at + 1)
         else:
             label, value = _single(path, name, line, at)
@@ -78,9 +74,7 @@ def read_star(path: str | Path) -> dict[str, Block]:
     return blocks
 
 
-def write_star(
-    path: str | Path, blocks: Mapping[str, Mapping[str, Any] | pd.DataFrame], comment: str = ""
-) -> None:
+def write_star(path: str | Path, blocks: Mapping[str, Mapping[str, Any] | pd.DataFrame], comment: str = "") -> None:
     """Write blocks in RELION 5's layout, under a temporary name until whole.
 
     Floats carry the shortest digits that read back exactly, bools are 0 and 1, text is quoted where it has spaces
@@ -105,9 +99,7 @@ def _lines(path: Path) -> list[str]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}; check the path and its permissions"
-        ) from error
+        raise InputError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
     try:
         if b"\0" in content:
             raise ValueError
