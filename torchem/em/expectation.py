@@ -1,0 +1,511 @@
+"""The E-step of one half: coarse pass, significant samples, fine pass, weighted sums.
+
+Shapes: n particles of a batch, k classes, r coarse orientations, t coarse translations, p Fourier pixels, b significant
+samples (blocks), m rows (one particle at one fine orientation), o and j the orientation and translation children of a
+sample. Orientations are numbered class-major; rows and blocks are worked through orientation by orientation, so that
+a slice is cut once for all its particles, and their numerators are added before anything is scattered.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchem.em.images import ImageBatch
+from torchem.em.model import Model
+from torchem.em.sampling import Grid
+from torchem.em.weights import block_rows, block_sparse
+from torchem.imaging.projection import fourier_volume, volume_shape
+from torchem.ops.significant import row_logsumexp, significant_samples
+from torchem.ops.slices import backproject, project
+from torchem.ops.squared_difference import score, score_pairs
+
+# shells whose data-vs-prior ratio exceeds this take part in the scale correction
+SCALE_MINIMUM_DATA_VS_PRIOR = 3.0
+
+
+@dataclass
+class ExpectationSettings:
+    """What the schedule decided for one iteration.
+
+    Attributes
+    ----------
+    current_size, coarse_size
+        Fourier pixels of the fine and the coarse pass.
+    cross_correlation
+        score by normalised cross-correlation, the best sample takes all.
+    local_sigma
+        degrees: Gaussian priors around the last poses; None: all orientations.
+    chunk_elements
+        largest number of complex values that one step may hold in one temporary.
+    """
+
+    current_size: int
+    coarse_size: int
+    adaptive_fraction: float = 0.999
+    cross_correlation: bool = False
+    local_sigma: float | None = None
+    ctf_scale: bool = True
+    padding: int = 2
+    chunk_elements: int = 2**24
+
+
+@dataclass
+class Sums:
+    """Weighted sums of one half over its particles (ALGORITHM §5); volumes in the run's precision, the rest double."""
+
+    data: Tensor  # (k, D, D, D//2 + 1) complex
+    weight: Tensor
+    noise: list[Tensor]  # an optics group (box//2 + 1,)
+    noise_weight: Tensor  # (optics groups,)
+    norm: Tensor  # ()
+    scale_xa: Tensor  # (groups,)
+    scale_aa: Tensor
+    group_weight: Tensor  # (groups,)
+    offset_square: Tensor  # ()
+    class_offset: Tensor  # (k, 2)
+    pdf_direction: Tensor  # (k, d)
+    pmax: Tensor  # ()
+    log_likelihood: Tensor  # ()
+    particles: Tensor  # ()
+
+    @staticmethod
+    def zeros(model: Model, n_directions: int, r_max: int, padding: int) -> "Sums":
+        k, references = model.n_classes, model.references
+        shape = (k, *volume_shape(r_max, padding, model.ndim))
+
+        def zero(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=references.device)
+
+        return Sums(
+            data=torch.zeros(shape, dtype=references.dtype.to_complex(), device=references.device),
+            weight=torch.zeros(shape, dtype=references.dtype, device=references.device),
+            noise=[torch.zeros_like(s) for s in model.sigma2_noise],
+            noise_weight=zero(len(model.sigma2_noise)),
+            norm=zero(), scale_xa=zero(len(model.scale)), scale_aa=zero(len(model.scale)),
+            group_weight=zero(len(model.scale)), offset_square=zero(), class_offset=zero(k, 2),
+            pdf_direction=zero(k, n_directions), pmax=zero(), log_likelihood=zero(), particles=zero(),
+        )  # fmt: skip
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, for summing over ranks."""
+        return [t for value in vars(self).values() for t in (value if isinstance(value, list) else [value])]
+
+
+@dataclass
+class Samples:
+    """Significant coarse samples of a batch, sorted by particle, then column."""
+
+    particle: Tensor  # (b,) position in the batch
+    column: Tensor  # (b,) orientation * T + translation
+    log_prior: Tensor  # (b,)
+    significant: Tensor  # (n,) number of significant samples
+
+
+@dataclass
+class BatchResult:
+    """Poses and per-particle figures of one batch, on the device; see :class:`torchem.em.model.Poses`."""
+
+    euler_matrix: Tensor
+    offset_angst: Tensor
+    class_number: Tensor
+    norm_correction: Tensor
+    pmax: Tensor
+    significant: Tensor
+    log_likelihood: Tensor
+
+
+def relative_to_mean(log_prior: Tensor) -> Tensor:
+    """Log of a prior divided by its mean over all axes but the first, which RELION's log-likelihoods refer to."""
+    flat = log_prior.flatten(1)
+    log_mean = torch.logsumexp(flat, dim=1) - torch.log(torch.tensor(float(flat.shape[1]), dtype=flat.dtype))
+    return log_prior - log_mean.reshape(-1, *([1] * (log_prior.ndim - 1)))
+
+
+class Expectation:
+    """The E-step of one half: made once an iteration, called on batch after batch, adding to ``sums``.
+
+    Parameters
+    ----------
+    model
+        references and statistics of this half.
+    grid
+        the iteration's samples.
+    operators
+        `(g, 3, 3)` of the point group.
+    """
+
+    def __init__(self, model: Model, grid: Grid, settings: ExpectationSettings, operators: Tensor) -> None:
+        self.model, self.grid, self.settings = model, grid, settings
+        self.operators = operators
+        self.dtype = model.references.dtype
+        self.r_max = settings.current_size // 2
+        self.volumes = [fourier_volume(m, self.r_max, settings.padding) for m in model.references]
+        self.sums = Sums.zeros(model, grid.n_directions, self.r_max, settings.padding)
+        self._coarse_slices: dict[str, Tensor] = {}
+
+    def __call__(
+        self, batch: ImageBatch, optics_group: int, group: Tensor, norm_correction: Tensor, last_euler: Tensor
+    ) -> BatchResult:
+        """Add one batch to the sums and return what was found for its particles.
+
+        Parameters
+        ----------
+        optics_group
+            of all particles of the batch.
+        group
+            `(n,)` scale groups.
+        norm_correction
+            `(n,)` the present ones.
+        last_euler
+            `(n, 3)` last poses, centres of local searches.
+        """
+        inverse_sigma2 = self._inverse_sigma2(batch, optics_group)
+        scale = self.model.scale[group].to(self.dtype)[:, None]
+        samples = self._coarse_pass(batch, inverse_sigma2, scale, last_euler)
+        weights, log_total = self._fine_pass(batch, inverse_sigma2, scale, samples)
+        return self._accumulate(
+            batch, optics_group, group, norm_correction, inverse_sigma2, scale, samples, weights, log_total
+        )
+
+    # scores
+
+    def _inverse_sigma2(self, batch: ImageBatch, optics_group: int) -> Tensor:
+        sigma2 = self.model.sigma2_noise[optics_group]
+        shell = batch.geometry.pixels.shell[: batch.geometry.n_pixels]
+        return torch.where(sigma2 > 0, 1 / sigma2, 0.0)[shell].to(self.dtype)
+
+    def _score_operands(
+        self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, n_pixels: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images, weights and power as :func:`torchem.ops.squared_difference.score` wants them."""
+        ctf = batch.ctf[:, :n_pixels] * scale
+        masked = batch.masked[:, :n_pixels]
+        if self.settings.cross_correlation:
+            return masked * ctf, ctf.square(), masked.abs().square().sum(1)
+        inverse_sigma2 = inverse_sigma2[:n_pixels].clone()
+        inverse_sigma2[0] = 0  # the origin takes no part
+        return masked * (ctf * inverse_sigma2), ctf.square() * inverse_sigma2, None
+
+    def _slices(self, batch: ImageBatch, orientations: Tensor, n_pixels: int, fine: bool) -> Tensor:
+        """Slices `(u, n_pixels)` of orientations `(u,)`, ascending, coarse or fine numbers, class-major."""
+        per_class = self.grid.n_orientations * (self.grid.orientation_children if fine else 1)
+        matrices = self.grid.child_matrices if fine else self.grid.matrices
+        kx, ky = batch.geometry.kx[:n_pixels], batch.geometry.ky[:n_pixels]
+        r_max = self.r_max if fine else min(self.r_max, self.settings.coarse_size // 2)
+        ends = torch.searchsorted(
+            orientations, torch.arange(len(self.volumes) + 1, device=orientations.device) * per_class
+        ).tolist()
+        parts = [
+            project(
+                volume, matrices(orientations[start:end] % per_class).to(self.dtype), kx, ky,
+                self.settings.padding, r_max,
+            )
+            for volume, start, end in zip(self.volumes, ends[:-1], ends[1:], strict=True)
+            if end > start
+        ]  # fmt: skip
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _offset_log_prior(self, batch: ImageBatch) -> Tensor:
+        """`(n, k, t)`: Gaussian log prior of the unperturbed coarse offsets, relative to its mean over k and t."""
+        offsets = batch.offset_angst[:, None, None] + self.grid.translations - self.model.prior_offset[:, None]
+        return relative_to_mean(-offsets.square().sum(-1) / (2 * self.model.sigma_offset**2))
+
+    # coarse pass
+
+    def _coarse_pass(
+        self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, last_euler: Tensor
+    ) -> Samples:
+        n_pixels = batch.geometry.count(self.settings.coarse_size)
+        phases = batch.geometry.phases(self.grid.coarse_shifts(), n_pixels, self.dtype)
+        operands = self._score_operands(batch, inverse_sigma2, scale, n_pixels)
+        offset_prior = self._offset_log_prior(batch)
+        local = self.settings.local_sigma is not None
+        parts = (
+            self._local_candidates(batch, operands, phases, offset_prior, last_euler)
+            if local
+            else self._global_candidates(batch, operands, phases, offset_prior)
+        )
+        particle, column, log_weight, log_prior, log_total = (torch.cat(p) for p in zip(*parts, strict=True))
+        if self.settings.cross_correlation:
+            return Samples(particle, column, log_prior, torch.ones_like(particle))
+        keep = significant_samples(log_weight, particle, log_total, self.settings.adaptive_fraction)
+        return Samples(
+            particle[keep], column[keep], log_prior[keep],
+            torch.bincount(particle[keep], minlength=len(batch)),
+        )  # fmt: skip
+
+    def _global_candidates(
+        self, batch: ImageBatch, operands: tuple, phases: Tensor, offset_prior: Tensor
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Samples of all orientations that may be significant, for one slab of particles after another."""
+        images, weights, power = operands
+        n_pixels, n_shifts = images.shape[1], len(phases)
+        key = f"{batch.geometry.optics.name} {n_pixels}"
+        if key not in self._coarse_slices:
+            everything = torch.arange(self.model.n_classes * self.grid.n_orientations, device=images.device)
+            self._coarse_slices[key] = self._slices(batch, everything, n_pixels, fine=False)
+        slices = self._coarse_slices[key]
+        orientation_prior = self._orientation_log_prior()
+        per_class = self.grid.n_orientations
+        for slab in torch.arange(len(batch), device=images.device).split(
+            max(1, self.settings.chunk_elements // (len(slices) * n_shifts))
+        ):
+            scores = score(
+                images[slab], weights[slab], slices, phases, None if power is None else power[slab]
+            )  # (n, r, t)
+            n = len(slab)
+            if self.settings.cross_correlation:
+                best = scores.reshape(n, -1).argmax(1)
+                zero = torch.zeros(n, dtype=torch.float64, device=images.device)
+                yield slab, best, zero, zero, zero
+                continue
+            log_prior = (
+                orientation_prior.reshape(1, -1, per_class, 1) + offset_prior[slab][:, :, None]
+            ).reshape(n, -1, n_shifts)
+            log_weight = (scores + log_prior).reshape(n, -1)
+            log_total = torch.logsumexp(log_weight, dim=1)
+            tail = (1 - self.settings.adaptive_fraction) * 1e-3 / log_weight.shape[1]
+            floor = log_total + torch.log(torch.as_tensor(tail, dtype=torch.float64))
+            row, column = torch.nonzero(log_weight > floor[:, None], as_tuple=True)
+            yield slab[row], column, log_weight[row, column], log_prior.reshape(n, -1)[row, column], log_total
+
+    def _orientation_log_prior(self) -> Tensor:
+        """`(k·r,)`: log probability of each orientation's direction (2D: of its class), relative to the mean."""
+        if self.model.ndim == 2:
+            return relative_to_mean(self.model.pdf_class.log()[None])[0].repeat_interleave(self.grid.n_orientations)
+        prior = relative_to_mean(self.model.pdf_direction.log().reshape(1, -1))[0]
+        return prior.repeat_interleave(self.grid.n_psi)
+
+    def _local_candidates(
+        self, batch: ImageBatch, operands: tuple, phases: Tensor, offset_prior: Tensor, last_euler: Tensor
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Samples of the orientations around each particle's last pose."""
+        images, weights, power = operands
+        n_pixels, n_shifts = images.shape[1], len(phases)
+        particle, orientation, orientation_prior = self.grid.local_orientations(
+            last_euler, self.settings.local_sigma, self.operators
+        )
+        per_class = self.grid.n_orientations
+        n_orientations = torch.bincount(particle, minlength=len(batch))
+        orientation_prior = orientation_prior + n_orientations[particle].double().log()  # relative to the mean
+        order = torch.argsort(orientation, stable=True)
+        log_weight = torch.empty((len(particle), n_shifts), dtype=torch.float64, device=images.device)
+        log_prior = orientation_prior[:, None] + offset_prior[particle, orientation // per_class]
+        for chunk in order.split(max(1, self.settings.chunk_elements // n_pixels)):
+            slices, inverse = self._shared_slices(batch, orientation[chunk], n_pixels, fine=False)
+            which = particle[chunk]
+            log_weight[chunk] = score_pairs(
+                images[which], weights[which], slices[inverse][:, None], phases,
+                None if power is None else power[which],
+            )[:, 0].double()  # fmt: skip
+        log_weight += log_prior
+        rows = particle[:, None].expand(-1, n_shifts).flatten()
+        columns = (orientation[:, None] * n_shifts + torch.arange(n_shifts, device=images.device)).flatten()
+        _, log_total = row_logsumexp(log_weight.flatten(), rows, len(batch))
+        yield rows, columns, log_weight.flatten(), log_prior.flatten(), log_total
+
+    def _shared_slices(
+        self, batch: ImageBatch, orientations: Tensor, n_pixels: int, fine: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Slices of the distinct ones of sorted orientations, and the slice number of each."""
+        unique, inverse = torch.unique_consecutive(orientations, return_inverse=True)
+        return self._slices(batch, unique, n_pixels, fine), inverse
+
+    # fine pass
+
+    def _fine_pass(
+        self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, samples: Samples
+    ) -> tuple[Tensor, Tensor]:
+        """Log weights of the children of significant samples, block-sparse, and each particle's log total."""
+        grid, n_pixels = self.grid, batch.geometry.n_pixels
+        n_shifts, o, j = grid.n_translations, grid.orientation_children, grid.translation_children
+        images, weights, power = self._score_operands(batch, inverse_sigma2, scale, n_pixels)
+        phases = batch.geometry.phases(grid.fine_shifts().flatten(0, 1), n_pixels, self.dtype)
+        orientation, shift = samples.column // n_shifts, samples.column % n_shifts
+        values = torch.empty((len(shift), o, j), dtype=self.dtype, device=images.device)
+        # blocks by orientation, then particle; a pair (orientation, particle) is scored at all shifts at once
+        order = torch.argsort(orientation, stable=True)
+        pair_key = orientation[order] * len(batch) + samples.particle[order]
+        pair_key, pair = torch.unique_consecutive(pair_key, return_inverse=True)
+        first_block = torch.searchsorted(pair, torch.arange(len(pair_key) + 1, device=pair.device))
+        children = torch.arange(o, device=images.device)
+        step = max(1, self.settings.chunk_elements // (n_pixels * o))
+        for start in range(0, len(pair_key), step):
+            keys = pair_key[start : start + step]
+            which = keys % len(batch)
+            fine = ((keys // len(batch))[:, None] * o + children).flatten()
+            # neighbouring pairs share an orientation, so its children repeat block after block
+            parents, inverse = torch.unique_consecutive(keys // len(batch), return_inverse=True)
+            slices = self._slices(batch, (parents[:, None] * o + children).flatten(), n_pixels, fine=True)
+            scores = score_pairs(
+                images[which], weights[which], slices.reshape(-1, o, n_pixels)[inverse], phases,
+                None if power is None else power[which],
+            ).unflatten(2, (n_shifts, j))  # fmt: skip
+            del fine
+            blocks = slice(int(first_block[start]), int(first_block[min(start + step, len(pair_key))]))
+            here = order[blocks]
+            values[here] = scores[pair[blocks] - start, :, shift[here]]
+        values += samples.log_prior.to(self.dtype)[:, None, None]
+        sparse = block_sparse(
+            samples.particle, samples.column, values.flatten(1), len(batch),
+            self.model.n_classes * grid.n_orientations * n_shifts,
+        )  # fmt: skip
+        rows = samples.particle[:, None].expand(-1, o * j).flatten()
+        _, log_total = row_logsumexp(sparse.values().flatten(), rows, len(batch))
+        return sparse, log_total
+
+    # weighted sums
+
+    def _accumulate(
+        self, batch: ImageBatch, optics_group: int, group: Tensor, norm_correction: Tensor, inverse_sigma2: Tensor,
+        scale: Tensor, samples: Samples, weights: Tensor, log_total: Tensor,
+    ) -> BatchResult:  # fmt: skip
+        grid, sums, n = self.grid, self.sums, len(batch)
+        n_shifts, o, j = grid.n_translations, grid.orientation_children, grid.translation_children
+        rows = block_rows(weights)
+        log_weight = weights.values().reshape(-1, o * j)
+        flat_rows = rows[:, None].expand(-1, o * j).flatten()
+        top = torch.full((n,), -torch.inf, dtype=self.dtype, device=rows.device)
+        top.scatter_reduce_(0, flat_rows, log_weight.flatten(), "amax")
+        best = self._first_best(log_weight.flatten(), flat_rows, top)
+        if self.settings.cross_correlation:
+            # winner takes all: log_total is not a probability here
+            pmax = torch.ones(n, dtype=torch.float64, device=rows.device)
+            log_likelihood = top.double()
+            kept = torch.zeros_like(log_weight).flatten()
+            kept[best] = 1
+            kept = kept.reshape(-1, o, j)
+        else:
+            pmax = (top.double() - log_total).exp()
+            keep = significant_samples(log_weight.flatten(), flat_rows, log_total, self.settings.adaptive_fraction)
+            probability = (log_weight.double() - log_total[rows][:, None]).exp().to(self.dtype)
+            kept = torch.where(keep.reshape(log_weight.shape), probability, 0.0).reshape(-1, o, j)
+            log_likelihood = log_total + self._log_likelihood_constant(batch, inverse_sigma2)
+        orientation, shift = samples.column // n_shifts, samples.column % n_shifts
+        xa, aa = self._project_and_insert(
+            batch, inverse_sigma2, scale, rows, orientation, shift, kept
+        )  # (n, shells) double
+
+        # noise, norm and scale from per-particle sums
+        total = torch.zeros(n, dtype=torch.float64, device=rows.device)
+        total.index_add_(0, rows, kept.double().sum((1, 2)))
+        shells = torch.arange(batch.power.shape[1], device=rows.device)
+        window = shells <= batch.geometry.size // 2
+        own_scale = scale.double()
+        inside = total[:, None] * batch.power - 2 * own_scale * xa + own_scale.square() * aa
+        residual = torch.where(window, inside, batch.power)
+        sums.noise[optics_group] += residual.sum(0)
+        sums.noise_weight[optics_group] += total.sum()
+        new_norm = norm_correction / self.model.norm_average * (2 * residual.sum(1)).sqrt()
+        sums.norm += new_norm.sum()
+        strong = batch.geometry.from_reference_shells(self.model.data_vs_prior.amax(0)) > SCALE_MINIMUM_DATA_VS_PRIOR
+        sums.scale_xa.index_add_(0, group, (xa * strong).sum(1))
+        sums.scale_aa.index_add_(0, group, (aa * strong).sum(1))
+        sums.group_weight.index_add_(0, group, torch.ones_like(total))
+
+        # offsets, directions, figures
+        class_of = orientation // grid.n_orientations
+        by_child = kept.double().sum(1)  # (b, j)
+        offsets = batch.offset_angst[rows][:, None] + grid.fine_shifts()[shift]  # (b, j, 2)
+        from_prior = offsets - self.model.prior_offset[class_of][:, None]
+        sums.offset_square += (by_child * from_prior.square().sum(-1)).sum()
+        sums.class_offset.index_add_(0, class_of, (by_child[..., None] * offsets).sum(1))
+        direction = class_of * grid.n_directions + orientation % grid.n_orientations // grid.n_psi
+        sums.pdf_direction.view(-1).index_add_(0, direction, by_child.sum(1))
+        sums.pmax += pmax.sum()
+        sums.log_likelihood += log_likelihood.sum()
+        sums.particles += n
+
+        block, child = best // (o * j), best % (o * j)
+        fine = orientation[block] % grid.n_orientations * o + child // j
+        return BatchResult(
+            euler_matrix=grid.child_matrices(fine),
+            offset_angst=offsets[block, child % j],
+            class_number=class_of[block],
+            norm_correction=new_norm,
+            pmax=pmax,
+            significant=samples.significant,
+            log_likelihood=log_likelihood,
+        )
+
+    @staticmethod
+    def _first_best(values: Tensor, rows: Tensor, top: Tensor) -> Tensor:
+        """`(n,)`: position of the first largest value of each row."""
+        position = torch.arange(len(values), device=values.device)
+        best = torch.full((len(top),), len(values), dtype=torch.int64, device=values.device)
+        return best.scatter_reduce_(0, rows, torch.where(values == top[rows], position, len(values)), "amin")
+
+    def _log_likelihood_constant(self, batch: ImageBatch, inverse_sigma2: Tensor) -> Tensor:
+        """`(n,)`: what the scores leave out, -½Σ|X|²/σ² - Σ log 2πσ², without the origin.
+
+        As in RELION, the power beyond the window counts too, undivided.
+        """
+        inverse = inverse_sigma2.double()[1:]
+        power = batch.masked[:, 1:].abs().square().double() @ inverse
+        beyond = batch.power[:, batch.geometry.size // 2 + 1 :].sum(1)
+        return -0.5 * (power + beyond) + torch.log(inverse / (2 * torch.pi)).sum()
+
+    def _project_and_insert(
+        self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor,
+        rows: Tensor, orientation: Tensor, shift: Tensor, kept: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Back-project with the kept weights `(b, o, j)`; return Σ w Re((CP)* X_t) and Σ w |CP|² by particle and shell.
+
+        A row is a particle at one fine orientation; its shifts collapse into one phase ramp Q = Σ_t w·φ_t, a matrix
+        product with the phases that all particles share.
+        """
+        grid, sums, n = self.grid, self.sums, len(batch)
+        n_pixels, n_shifts = batch.geometry.n_pixels, grid.n_translations
+        o, j = grid.orientation_children, grid.translation_children
+        phases = torch.view_as_real(
+            batch.geometry.phases(grid.fine_shifts().flatten(0, 1), n_pixels, self.dtype)
+        ).flatten(1)
+        kx, ky, padding = batch.geometry.kx, batch.geometry.ky, self.settings.padding
+        shell_matrix = batch.geometry.pixels.shell_matrix(batch.geometry.size, self.dtype)
+        aligned = batch.masked * batch.ctf
+        ctf2 = batch.ctf.square()
+        numerator = batch.unmasked * (batch.back_ctf * scale * inverse_sigma2)
+        denominator = batch.ctf * batch.back_ctf * scale.square() * inverse_sigma2
+        xa = torch.zeros((n, shell_matrix.shape[1]), dtype=torch.float64, device=rows.device)
+        aa = torch.zeros_like(xa)
+
+        # rows of (fine orientation, particle), ascending
+        block, child = torch.nonzero(kept.sum(2), as_tuple=True)
+        key = (orientation[block] * o + child) * n + rows[block]
+        order = torch.argsort(key, stable=True)
+        block, child = block[order], child[order]
+        key, row = torch.unique_consecutive(key[order], return_inverse=True)
+        first = torch.searchsorted(row, torch.arange(len(key) + 1, device=row.device))
+        per_class = grid.n_orientations * o
+        step = max(1, self.settings.chunk_elements // n_pixels)
+        for start in range(0, len(key), step):
+            keys = key[start : start + step]
+            entries = slice(int(first[start]), int(first[min(start + step, len(key))]))
+            fine, which = keys // n, keys % n
+            w = torch.zeros((len(keys), n_shifts, j), dtype=self.dtype, device=rows.device)
+            w[row[entries] - start, shift[block[entries]]] = kept[block[entries], child[entries]]
+            w = w.flatten(1)
+            weight = w.sum(1, keepdim=True)
+            ramp = torch.view_as_complex((w @ phases).unflatten(1, (n_pixels, 2)))
+            unique, inverse = torch.unique_consecutive(fine, return_inverse=True)
+            slices = self._slices(batch, unique, n_pixels, fine=True)[inverse]
+            product = slices.conj() * aligned[which] * ramp
+            xa.index_add_(0, which, (product.real @ shell_matrix).double())
+            square = torch.view_as_real(slices).square().sum(-1) * ctf2[which] * weight
+            aa.index_add_(0, which, (square @ shell_matrix).double())
+
+            added = torch.zeros((len(unique), 2 * n_pixels), dtype=self.dtype, device=rows.device)
+            added.index_add_(0, inverse, torch.view_as_real(ramp * numerator[which]).flatten(1))
+            added_weight = torch.zeros((len(unique), n_pixels), dtype=self.dtype, device=rows.device)
+            added_weight.index_add_(0, inverse, denominator[which] * weight)
+            added = torch.view_as_complex(added.unflatten(1, (n_pixels, 2)))
+            for k in range(self.model.n_classes):
+                mine = unique // per_class == k
+                if bool(mine.any()):
+                    backproject(
+                        sums.data[k], sums.weight[k], added[mine], added_weight[mine],
+                        grid.child_matrices(unique[mine] % per_class).to(self.dtype), kx, ky, padding, self.r_max,
+                    )  # fmt: skip
+        return xa, aa

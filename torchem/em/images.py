@@ -1,0 +1,213 @@
+"""Particle images as the E-step wants them: normalised, centred, masked, transformed (ALGORITHM: the E-step's §3)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchem.imaging.ctf import Optics, aberration_phase, ctf, mtf
+from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform
+from torchem.imaging.masks import apply_circular_mask
+
+
+@dataclass
+class ImageGeometry:
+    """Pixels of one optics group's images inside ``current_size``, and where they lie in the reference's transform.
+
+    Attributes
+    ----------
+    pixels, size
+        the group's own Fourier pixels, and its window.
+    kx, ky
+        `(p,)` the same in Fourier pixels of the reference: M·k·(L·a)/(box·pixel size).
+    magnification
+        (box·pixel size)/(L·a), 1 where group and reference are alike.
+    """
+
+    optics: Optics
+    pixels: FourierPixels
+    size: int
+    kx: Tensor
+    ky: Tensor
+    magnification: float
+
+    @staticmethod
+    def of(
+        optics: Optics, size: int, box: int, pixel_size: float, dtype: torch.dtype, device: torch.device
+    ) -> "ImageGeometry":
+        """Geometry for a reference of ``box`` pixels of ``pixel_size`` Å at ``size`` Fourier pixels of it."""
+        magnification = optics.box * optics.pixel_size / (box * pixel_size)
+        own = min(optics.box, 2 * math.ceil(size / 2 * magnification - 1e-6))
+        pixels = FourierPixels.of(optics.box, device)
+        n = pixels.count(own)
+        kx, ky = pixels.kx[:n].to(dtype), pixels.ky[:n].to(dtype)
+        m00, m01, m10, m11 = optics.magnification
+        return ImageGeometry(
+            optics, pixels, own,
+            (m00 * kx + m01 * ky) / magnification, (m10 * kx + m11 * ky) / magnification, magnification,
+        )  # fmt: skip
+
+    @property
+    def n_pixels(self) -> int:
+        return len(self.kx)
+
+    def count(self, size: int) -> int:
+        """Number of pixels inside ``size`` Fourier pixels of the reference."""
+        return self.pixels.count(min(self.size, 2 * math.ceil(size / 2 * self.magnification - 1e-6)))
+
+    def phases(self, shifts_angst: Tensor, n_pixels: int, dtype: torch.dtype) -> Tensor:
+        """Phase ramps `(t, n_pixels)` of shifts `(t, 2)` in Å."""
+        ramps = self.pixels.phases(shifts_angst / self.optics.pixel_size, self.size)[:, :n_pixels]
+        return ramps.to(dtype.to_complex())
+
+    def from_reference_shells(self, values: Tensor) -> Tensor:
+        """A spectrum of the reference `(s,)` at the group's own shells `(box//2 + 1,)`; the last one repeats."""
+        shells = torch.arange(self.optics.box // 2 + 1, device=values.device, dtype=torch.float64)
+        return values[torch.floor(shells / self.magnification + 0.5).long().clamp(max=len(values) - 1)]
+
+
+@dataclass
+class ImageBatch:
+    """n particles of one half and one optics group.
+
+    Attributes
+    ----------
+    particles
+        `(n,)` int64 numbers in the data set.
+    masked, unmasked
+        `(n, p)` complex: for alignment and statistics, and for back-projection.
+    ctf
+        `(n, p)` what the projection is multiplied by: CTF (CTF² for premultiplied images).
+    back_ctf
+        `(n, p)` what the image is multiplied by before back-projection: CTF (1 for premultiplied images).
+    power
+        `(n, box//2 + 1)` Σ|X|² of the masked image by shell, whole transform, double.
+    offset_angst
+        `(n, 2)` Å, double: the rounded old offset, by which the image was shifted.
+    """
+
+    geometry: ImageGeometry
+    particles: Tensor
+    masked: Tensor
+    unmasked: Tensor
+    ctf: Tensor
+    back_ctf: Tensor
+    power: Tensor
+    offset_angst: Tensor
+
+    def __len__(self) -> int:
+        return len(self.particles)
+
+
+def prepare_images(
+    images: Tensor,
+    particles: Tensor,
+    geometry: ImageGeometry,
+    ctf_parameters: Tensor | None,
+    norm_factor: Tensor,
+    offset_angst: Tensor,
+    particle_diameter: float,
+    noise_spectrum: Tensor | None,
+    seed: int,
+) -> ImageBatch:
+    """Normalise, translate by whole pixels, mask and transform a batch of images.
+
+    Parameters
+    ----------
+    images
+        `(n, L, L)` real, in the precision of the run.
+    particles
+        `(n,)` their numbers, which seed the noise that fills the outside of the mask.
+    ctf_parameters
+        `(n, 6)` as :func:`torchem.imaging.ctf.ctf` wants them, double; None: no CTF correction.
+    norm_factor
+        `(n,)` multiplies the images: mean norm correction over the particle's own.
+    offset_angst
+        `(n, 2)` last origin offsets, Å; rounded to whole pixels here.
+    particle_diameter
+        Å.
+    noise_spectrum
+        `(L//2 + 1,)` σ² to fill the outside of the mask with noise; None: its mean (RELION's zero_mask).
+    """
+    optics, pixels, n_pixels = geometry.optics, geometry.pixels, geometry.n_pixels
+    shift = offset_angst / optics.pixel_size
+    shift = torch.where(shift >= 0, torch.floor(shift + 0.5), torch.ceil(shift - 0.5))
+    images = translate(images * norm_factor[:, None, None].to(images), shift.long())
+    fill = None
+    if noise_spectrum is not None:
+        fill = spectral_noise(particles, noise_spectrum, optics.box, seed).to(images)
+    circle = apply_circular_mask(images, particle_diameter / (2 * optics.pixel_size), fill=fill)
+    masked = pixels.gather(half_transform(circle))
+    unmasked = pixels.gather(half_transform(images))[:, :n_pixels]
+    # shell size/2 is summed inside the window only, the shells beyond it whole
+    counted = (torch.arange(masked.shape[1], device=images.device) < n_pixels) | (pixels.shell > geometry.size // 2)
+    power = (masked.abs().square() * counted).double() @ pixels.shell_matrix(optics.box, torch.float64)
+    masked = masked[:, :n_pixels]
+
+    kx, ky = pixels.kx[:n_pixels], pixels.ky[:n_pixels]
+    phase = aberration_phase(optics, kx, ky)
+    response = mtf(optics, kx, ky)
+    for transform in (masked, unmasked):
+        if phase is not None:
+            transform *= phase.conj().to(transform)
+        if response is not None:
+            transform /= response.to(transform)
+    # images are in grey values per area, transforms carry 1/box²
+    grey = geometry.magnification**-2
+    if ctf_parameters is None:
+        modulation = torch.full((len(images), n_pixels), grey, dtype=images.dtype, device=images.device)
+        return ImageBatch(
+            geometry, particles, masked, unmasked, modulation, modulation, power, shift * optics.pixel_size
+        )
+    modulation = (grey * ctf(optics, ctf_parameters, kx, ky)).to(images.dtype)
+    if optics.premultiplied:
+        return ImageBatch(
+            geometry, particles, masked, unmasked, modulation.square() / grey,
+            torch.full_like(modulation, grey), power, shift * optics.pixel_size,
+        )  # fmt: skip
+    return ImageBatch(geometry, particles, masked, unmasked, modulation, modulation, power, shift * optics.pixel_size)
+
+
+def translate(images: Tensor, shift: Tensor) -> Tensor:
+    """Shift images `(n, L, L)` by whole pixels `(n, 2)` (x, y); what comes in from outside is 0."""
+    box = images.shape[-1]
+    source = torch.arange(box, device=images.device) - shift[..., None]  # (n, 2, L)
+    inside = (source >= 0) & (source < box)
+    x, y = source.clamp(0, box - 1).unbind(1)
+    images = images.gather(1, y[:, :, None].expand(-1, -1, box)).gather(2, x[:, None].expand(-1, box, -1))
+    return images * (inside[:, 1, :, None] & inside[:, 0, None, :])
+
+
+def spectral_noise(particles: Tensor, spectrum: Tensor, box: int, seed: int) -> Tensor:
+    """Gaussian noise images with a given σ² by shell, the same for a particle whatever its batch, rank or device.
+
+    Parameters
+    ----------
+    particles
+        `(n,)` int64.
+    spectrum
+        `(box//2 + 1,)` variance of a real or imaginary Fourier component.
+
+    Returns
+    -------
+    `(n, box, box)` double.
+    """
+    device = particles.device
+    pixel = torch.arange(2 * box * box, device=device)
+    bits = _mix((particles[:, None] + 1) * 0x5851F42D4C957F2D + _mix(pixel + (seed << 24)))
+    uniform = ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
+    radius, angle = uniform.unflatten(1, (2, -1)).unbind(1)
+    white = (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
+    transform = half_transform(white.reshape(-1, box, box))
+    k = torch.fft.fftfreq(box, 1 / box, dtype=torch.float64, device=device)
+    shell = torch.floor((k[:, None] ** 2 + k[: box // 2 + 1].abs() ** 2).sqrt() + 0.5).long()
+    amplitude = (spectrum[shell.clamp(max=box // 2)] * 2 * box * box).sqrt()
+    return inverse_half_transform(transform * amplitude, box)
+
+
+def _mix(x: Tensor) -> Tensor:
+    # the finaliser of SplitMix64 in wrapping int64 arithmetic; >> is made logical by the mask
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))

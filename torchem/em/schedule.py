@@ -1,0 +1,215 @@
+"""What the next iteration does: image sizes, resolution, accuracy of alignment, finer sampling, convergence.
+
+All of it is RELION's auto-refinement; the numbers are its constants. Resolutions are shells of the box of L pixels of
+a Å: shell s is L·a/s Å.
+"""
+
+import torch
+from torch import Tensor
+
+from torchem.em.images import ImageBatch
+from torchem.em.model import Model, State
+from torchem.em.sampling import Sampling
+from torchem.imaging.fourier import round_half_away
+from torchem.imaging.projection import fourier_volume
+from torchem.imaging.symmetry import axes_distance, rotation_matrix
+from torchem.ops.slices import project
+
+MINIMUM_RESOLUTION_GAIN = 0.0001  # 1/Å
+MINIMUM_RESOLUTION_SHELL = 5
+# -log 0.01: the difference of two projections that tells one pose from another
+ACCURACY_THRESHOLD = 4.60517
+ACCURACY_PARTICLES = 100
+
+
+def image_sizes(state: State, box: int, pixel_size: float, particle_diameter: float, ini_high: float | None) -> None:
+    """Set ``current_size`` and ``coarse_size``, with the sampling of the previous iteration (ALGORITHM §2).
+
+    Parameters
+    ----------
+    ini_high
+        Å: stands for the current resolution in the first iteration; None afterwards.
+    """
+    resolution = ini_high or state.current_resolution
+    shell = round_half_away(box * pixel_size / resolution)
+    if state.halves[0].average_pmax > 0.1 and state.has_high_fsc:
+        increment = round_half_away(0.25 * box / 2)
+    else:
+        increment = state.size_increment
+    state.current_size = box if state.converged else 2 * min(box // 2, shell + increment)
+    state.coarse_size = coarse_size(state.sampling, box, pixel_size, particle_diameter, state.current_size)
+
+
+def coarse_size(
+    sampling: Sampling, box: int, pixel_size: float, particle_diameter: float, current_size: int
+) -> int:
+    """Fourier pixels that tell orientations one coarse step apart: 2⌈1.2·L·a/(π·D·Δ/360)⌉ (2D: 1.5 for 1.2)."""
+    steps_around = 360.0 / sampling.angular_step
+    safety = 1.2 if sampling.ndim == 3 else 1.5
+    # a step moves the particle's edge by π·D·Δ/360
+    shell = safety * box * pixel_size * steps_around / (torch.pi * particle_diameter)
+    return min(current_size, 2 * int(-(-shell // 1)))
+
+
+def size_after_fsc(state: State, fsc: Tensor) -> None:
+    """Let the next sizes grow faster once the FSC says that there is more: ``size_increment``, ``has_high_fsc``."""
+
+    def first_below(threshold: float) -> int:
+        below = torch.nonzero(fsc < threshold)
+        return int(below[0]) if len(below) else len(fsc) - 1
+
+    state.size_increment = max(state.size_increment, first_below(0.143) - first_below(0.5) + 5)
+    edge = state.current_size // 2 - 1
+    state.has_high_fsc = state.has_high_fsc or bool(fsc[edge] > 0.2)
+
+
+def resolution_shell(data_vs_prior: Tensor) -> int:
+    """The last shell in which the data outweigh the prior, over classes `(k, s)` (ALGORITHM §6.11).
+
+    The shell before the first ratio below 1; if some shell more than 3 beyond it is above 1, the highest such one.
+    """
+    best = 0
+    for ratio in data_vs_prior.cpu():
+        below = torch.nonzero(ratio[1:-1] < 1)
+        shell = int(below[0]) if len(below) else len(ratio) - 2
+        beyond = torch.nonzero(ratio[: len(ratio) - 1] > 1)
+        highest = int(beyond[-1]) if len(beyond) else 0
+        best = max(best, highest if highest > shell + 3 else shell)
+    return max(best, MINIMUM_RESOLUTION_SHELL)
+
+
+def update_resolution(state: State, shell: int, box: int, pixel_size: float) -> None:
+    """Set the current resolution and count the iterations that brought no gain."""
+    state.current_resolution = box * pixel_size / shell
+    frequency = 1 / state.current_resolution
+    if frequency <= state.best_resolution + MINIMUM_RESOLUTION_GAIN:
+        state.iterations_without_gain += 1
+    else:
+        state.iterations_without_gain = 0
+    state.best_resolution = max(state.best_resolution, frequency)
+
+
+def update_changes(state: State, old_euler: Tensor, old_offsets: Tensor, operators: Tensor) -> None:
+    """Measure how much the poses moved and count the iterations in which they did not move less (ALGORITHM §7)."""
+    matrices = [rotation_matrix(*euler.unbind(1)) for euler in (old_euler, state.poses.euler)]
+    state.change_angles = float(axes_distance(*matrices, operators).mean())
+    moved = (state.poses.offset_angst - old_offsets).square().sum(1).mean()
+    state.change_offsets = float((moved / 2).sqrt())
+    settled = [
+        change < 0.4 * step or 1.03 * change >= smallest
+        for change, step, smallest in (
+            (state.change_offsets, state.sampling.fine_offset_step, state.smallest_change_offsets),
+            (state.change_angles, state.sampling.fine_angular_step, state.smallest_change_angles),
+        )
+    ]
+    state.iterations_without_change = state.iterations_without_change + 1 if all(settled) else 0
+    state.smallest_change_offsets = min(state.smallest_change_offsets, state.change_offsets)
+    state.smallest_change_angles = min(state.smallest_change_angles, state.change_angles)
+
+
+def update_sampling(state: State, local_healpix_order: int) -> None:
+    """Go to a finer grid when neither resolution nor poses get better; note when it is fine enough (ALGORITHM §7)."""
+    if state.iterations_without_gain < 1 or state.iterations_without_change < 1:
+        return
+    sampling = state.sampling
+    if sampling.fine_angular_step < 0.75 * state.accuracy_angles:
+        state.fine_enough = True
+        return
+    old_step, old_range = sampling.offset_step, sampling.offset_range
+    step = min(1.5, 0.75 * state.accuracy_offsets) * 2**sampling.oversampling
+    reach = max(min(5 * state.change_offsets, 1.3 * old_range), 1.5 * step)
+    if reach > 4 * step:
+        reach /= 2
+    if reach > 4 * step:
+        step = reach / 4
+    if step > old_step:
+        step, reach = old_step, old_range
+    state.sampling = Sampling(
+        symmetry=sampling.symmetry, offset_range=reach, offset_step=step, ndim=sampling.ndim,
+        healpix_order=sampling.healpix_order + 1, oversampling=sampling.oversampling,
+        perturb=sampling.perturb, perturbation=sampling.perturbation,
+    )  # fmt: skip
+    state.local_searches = state.local_searches or state.sampling.healpix_order >= local_healpix_order
+    state.iterations_without_gain = state.iterations_without_change = 0
+    state.smallest_change_angles = state.smallest_change_offsets = 999.0
+
+
+def has_converged(state: State) -> bool:
+    """Whether the next iteration is the last: the grid is fine enough and nothing gets better."""
+    return state.fine_enough and state.iterations_without_gain >= 1 and state.iterations_without_change >= 1
+
+
+def estimate_accuracy(
+    model: Model, batch: ImageBatch, inverse_sigma2: Tensor, euler: Tensor, class_number: Tensor, r_max: int,
+    padding: int, generator: torch.Generator,
+) -> tuple[float, float]:  # fmt: skip
+    """The smallest errors of angle (degrees) and shift (Å) that the data could tell (ALGORITHM §7).
+
+    A growing error is put into one angle or one coordinate of each particle's pose, until
+    Σ |C·P₁ − C·P₂|²/(2σ²) exceeds -log 0.01; the mean over the particles.
+
+    Parameters
+    ----------
+    batch
+        the CTFs of the particles to try.
+    inverse_sigma2
+        `(p,)`.
+    euler, class_number
+        `(n, 3)` degrees, `(n,)`.
+    """
+    n, device, dtype = len(batch), batch.ctf.device, model.references.dtype
+    weight = batch.ctf.square() * inverse_sigma2 * (torch.arange(batch.ctf.shape[1], device=device) > 0)
+    kx, ky = batch.geometry.kx, batch.geometry.ky
+    volumes = [fourier_volume(m, r_max, padding) for m in model.references]
+
+    def slices(angles: Tensor) -> Tensor:
+        out = torch.empty((n, len(kx)), dtype=dtype.to_complex(), device=device)
+        matrices = rotation_matrix(*angles.unbind(1)).to(dtype)
+        for k, volume in enumerate(volumes):
+            mine = torch.nonzero(class_number == k)[:, 0]
+            if len(mine):
+                out[mine] = project(volume, matrices[mine], kx, ky, padding, r_max)
+        return out
+
+    true = slices(euler)
+    n_angles = 3 if model.ndim == 3 else 1
+    axis = torch.randint(n_angles, (n,), generator=generator).to(device) + (3 - n_angles)
+    coordinate = torch.randint(2, (n,), generator=generator).to(device)
+
+    def first_error(errors: list[float], moved) -> float:
+        found = torch.full((n,), errors[-1], dtype=torch.float64, device=device)
+        open_ = torch.ones(n, dtype=torch.bool, device=device)
+        for error in errors:
+            difference = (true - moved(error)).abs().square()
+            distinct = (difference * weight).sum(1) / 2 > ACCURACY_THRESHOLD
+            found = torch.where(open_ & distinct, error, found)
+            open_ &= ~distinct
+            if not bool(open_.any()):
+                break
+        return float(found.mean())
+
+    def turned(error: float) -> Tensor:
+        angles = euler.clone()
+        angles[torch.arange(n, device=device), axis] += error
+        return slices(angles)
+
+    def shifted(error: float) -> Tensor:
+        k = torch.where(coordinate[:, None] == 0, *(batch.geometry.pixels.kx, batch.geometry.pixels.ky))
+        phase = -2 * torch.pi * error / batch.geometry.optics.box * k[:, : len(kx)].to(dtype)
+        return true * torch.polar(torch.ones_like(phase), phase)
+
+    angle_steps = ((0.2, 0.05), (1, 0.1), (2, 0.2), (5, 0.5), (10, 1), (20, 2), (30, 5))
+    shift_steps = ((1, 0.1), (2, 0.2), (5, 0.5), (10, 1))
+    angles = first_error(_growing(angle_steps), turned)
+    shift = first_error(_growing(shift_steps), shifted)
+    return angles, shift * batch.geometry.optics.pixel_size
+
+
+def _growing(steps: tuple[tuple[float, float], ...]) -> list[float]:
+    """Errors to try: steps of each size up to each bound, the last bound included."""
+    errors, error = [], 0.0
+    for bound, step in steps:
+        while error < bound - 1e-9:
+            error += step
+            errors.append(error)
+    return errors

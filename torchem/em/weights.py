@@ -1,0 +1,44 @@
+"""Fine-pass weights in blocks: one index for the fine children of a significant sample (Zhang et al. 2018, §4).
+
+Rows are the particles of a batch, a block is 1 × O: the 8^o orientation times 4^o translation children of one coarse
+sample (32 at oversampling 1, orientations first). A block's column is orientation · T + translation.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
+
+
+def block_sparse(rows: Tensor, columns: Tensor, values: Tensor, n_rows: int, n_columns: int) -> Tensor:
+    """The `torch.sparse_bsr_tensor` of fine weights; ``values`` is aliased, not copied.
+
+    Parameters
+    ----------
+    rows, columns
+        `(b,)` int64, sorted by row, then column.
+    values
+        `(b, O)`.
+    n_rows, n_columns
+        particles, and coarse samples a particle.
+
+    Returns
+    -------
+    sparse `(n_rows, n_columns · O)`; indices are int32 where they fit.
+    """
+    block = values.shape[1]
+    largest = max(n_columns * block, len(rows))
+    index = torch.int32 if largest < 2**31 else torch.int64
+    crow = torch.zeros(n_rows + 1, dtype=index, device=rows.device)
+    crow[1:] = torch.cumsum(torch.bincount(rows, minlength=n_rows), 0)
+    return torch.sparse_bsr_tensor(
+        crow, columns.to(index), values[:, None], size=(n_rows, n_columns * block), check_invariants=False
+    )
+
+
+def block_rows(weights: Tensor) -> Tensor:
+    """`(b,)` int64: the row of each block."""
+    crow = weights.crow_indices().long()
+    return torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff())

@@ -1,0 +1,140 @@
+"""The padded Fourier volume of a map: made from it, symmetrised, and turned back into it.
+
+A volume holds the transform of the zero-padded map for |k| <= p·r_max only, the half x >= 0, centred (see
+:mod:`torchem.ops.slices`). Its values are scaled so that a central slice equals the transform of a projection image
+(:func:`torchem.imaging.fourier.half_transform`). Everything serves maps `(L, L, L)` and 2D references `(L, L)`.
+"""
+
+import torch
+from torch import Tensor
+
+from torchem.imaging.fourier import half_transform
+from torchem.ops.slices import interpolate
+
+# padded pixels: rotated points nearer than this to a grid point are meant to be it
+SNAP = 1e-9
+
+
+def volume_shape(r_max: int, padding: int, ndim: int) -> tuple[int, ...]:
+    """Shape of the Fourier volume that holds |k| <= p·r_max and one voxel more for the interpolation."""
+    half = padding * r_max + 1
+    return (2 * half + 1,) * (ndim - 1) + (half + 1,)
+
+
+def volume_radius2(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Squared distance of each voxel of a Fourier volume from its origin, padded pixels, int64."""
+    half = shape[0] // 2
+    axes = [torch.arange(-half, half + 1, device=device) ** 2 for _ in shape[:-1]]
+    axes.append(torch.arange(half + 1, device=device) ** 2)
+    return sum(a.reshape(-1, *([1] * (len(shape) - 1 - i))) for i, a in enumerate(axes))
+
+
+def gridding_correction(box: int, padding: int, ndim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The real-space falloff sinc²(r / (pL)) that trilinear interpolation in the padded transform causes."""
+    axis = (torch.arange(box, dtype=dtype, device=device) - box // 2) ** 2
+    radius2 = sum(axis.reshape(-1, *([1] * i)) for i in range(ndim))
+    return torch.sinc(radius2.sqrt() / (padding * box)) ** 2
+
+
+def fourier_volume(map_: Tensor, r_max: int, padding: int) -> Tensor:
+    """The padded Fourier volume of a map, ready to cut slices from (RELION's computeFourierTransformMap).
+
+    Parameters
+    ----------
+    map_
+        `(L, L, L)` or `(L, L)` real-space reference, origin at L//2.
+    r_max
+        pixels: spectrum kept for |k| <= p·r_max.
+    padding
+        p.
+
+    Returns
+    -------
+    complex, `volume_shape(r_max, padding, ndim)`.
+    """
+    ndim, box = map_.ndim, map_.shape[0]
+    map_ = map_ / gridding_correction(box, padding, ndim, map_.dtype, map_.device)
+    before = padding * box // 2 - box // 2
+    after = padding * box - box - before
+    transform = half_transform(torch.nn.functional.pad(map_, (before, after) * ndim), ndim)
+    shape = volume_shape(r_max, padding, ndim)
+    half = shape[0] // 2
+    rows = torch.arange(-half, half + 1, device=map_.device) % (padding * box)
+    columns = torch.arange(half + 1, device=map_.device).clamp(max=transform.shape[-1] - 1)
+    for axis in range(ndim - 1):
+        transform = transform.index_select(axis, rows)
+    volume = transform.index_select(ndim - 1, columns)
+    inside = volume_radius2(shape, map_.device) <= (padding * r_max) ** 2
+    # half_transform carries 1/(pL)^d, an image's transform 1/L²
+    return volume * (inside * float((padding * box) ** ndim / box**2))
+
+
+def real_space_map(volume: Tensor, box: int, padding: int) -> Tensor:
+    """The map `(L, ...)` of a Fourier volume: the inverse of :func:`fourier_volume` but for the gridding correction."""
+    ndim = volume.ndim
+    half = min(volume.shape[0] // 2, padding * box // 2)
+    trim = volume.shape[0] // 2 - half
+    centre = slice(trim, volume.shape[0] - trim)
+    volume = volume[(*[centre] * (ndim - 1), slice(0, half + 1))]
+    padded = torch.zeros(
+        (*[padding * box] * (ndim - 1), padding * box // 2 + 1), dtype=volume.dtype, device=volume.device
+    )
+    rows = torch.arange(-half, half + 1, device=volume.device) % (padding * box)
+    index = [rows.reshape(-1, *([1] * (ndim - 1 - axis))) for axis in range(ndim - 1)]
+    padded[(*index, torch.arange(half + 1, device=volume.device))] = volume
+    axes = tuple(range(ndim))
+    real = torch.fft.fftshift(torch.fft.irfftn(padded, s=(padding * box,) * ndim, dim=axes, norm="forward"), dim=axes)
+    before = padding * box // 2 - box // 2
+    inside = slice(before, before + box)
+    return real[(inside,) * ndim] * float(box**2 / (padding * box) ** ndim)
+
+
+def make_hermitian(volume: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Add each point of the plane x = 0 to its conjugate mate: back-projected half slices fill either of the two.
+
+    The origin, its own mate, is added once.
+    """
+    axes = tuple(range(volume.ndim - 1))
+    origin = (*(half // 2 for half in volume.shape[:-1]), 0)
+    mates = []
+    for values in (volume, weight):
+        plane = values[..., 0].clone()
+        values = values.clone()
+        values[..., 0] += plane.flip(axes).conj()
+        values[origin] = plane[origin[:-1]]
+        mates.append(values)
+    return mates[0], mates[1]
+
+
+def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Sum a Fourier volume and its weight over the rotated copies of a point group, without dividing.
+
+    Parameters
+    ----------
+    volume, weight
+        `(D, D, D//2 + 1)` complex and real.
+    operators
+        `(g, 3, 3)` rotations, the identity among them.
+    radius
+        padded pixels: what lies beyond is 0.
+    """
+    half = weight.shape[0] // 2
+    inside = volume_radius2(tuple(weight.shape), volume.device) <= radius**2
+    z, y, x = torch.nonzero(inside, as_tuple=True)
+    voxels = torch.stack((x, y - half, z - half), dim=-1).double()  # (v, 3), x first
+    data = torch.zeros(len(voxels), dtype=volume.dtype, device=volume.device)
+    density = torch.zeros(len(voxels), dtype=weight.dtype, device=volume.device)
+    for operator in operators.to(voxels):
+        points = voxels @ operator.T
+        # rounding must not leak a trace of a neighbour into a voxel that nothing reached: its quotient would be noise
+        nearest = points.round()
+        points = torch.where((points - nearest).abs() < SNAP, nearest, points)
+        mirrored = points[:, 0] < 0
+        points = torch.where(mirrored[:, None], -points, points)
+        sampled = interpolate(volume, points)
+        data += torch.where(mirrored, sampled.conj(), sampled)
+        density += interpolate(weight, points)
+    volume, weight = torch.zeros_like(volume), torch.zeros_like(weight)
+    volume[inside] = data
+    weight[inside] = density
+    return volume, weight
