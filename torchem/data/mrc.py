@@ -66,9 +66,9 @@ def read_header(path: str | Path) -> Header:
     section = shape[1] * shape[2] * dtype.itemsize
     if size < offset + shape[0] * section:
         raise InputError(
-            f"{path} is truncated: its header says {shape[0]} sections of {shape[2]} x {shape[1]} px in MRC mode {mode}, "
-            f"{offset + shape[0] * section} bytes, but it has {size} bytes ({max(0, size - offset) // section} whole "
-            "sections); copy or make it again"
+            f"{path} is truncated: its header says {shape[0]} sections of {shape[2]} x {shape[1]} px in MRC mode "
+            f"{mode}, {offset + shape[0] * section} bytes, but it has {size} bytes "
+            f"({max(0, size - offset) // section} whole sections); copy or make it again"
         )
     if sorted(axes) != [1, 2, 3]:
         axes = (1, 2, 3)  # old programs leave zeros there
@@ -165,7 +165,8 @@ class ImageStacks:
                 index, file = "1", str(name)
             if not index.isdecimal() or int(index) < 1 or not file:
                 raise InputError(
-                    f"{self._where}row {row + 1}: image name {name!r} is not NUMBER@STACK with a number from 1; correct rlnImageName"
+                    f"{self._where}row {row + 1}: image name {name!r} is not NUMBER@STACK with a number from 1; "
+                    "correct rlnImageName"
                 )
             self.file[row] = numbers.setdefault(file, len(numbers))
             self.position[row] = int(index) - 1
@@ -188,15 +189,16 @@ class ImageStacks:
 
     def check(self) -> None:
         """Raise `InputError` unless every stack is there, whole, of square images, and holds all that is named."""
-        for file in range(len(self.files)):
+        order = np.lexsort((self.position, self.file))
+        ends = np.cumsum(np.bincount(self.file, minlength=len(self.files)))
+        for file, last in enumerate(order[ends - 1].tolist()):
             path, header = self._located(file)
-            rows = np.flatnonzero(self.file == file)
-            last = rows[np.argmax(self.position[rows])]
             if self.position[last] >= header.shape[0]:
                 raise self._past_the_end(last, path, header.shape[0])
             if header.shape[1] != header.shape[2]:
                 raise InputError(
-                    f"{path}: images of {header.shape[2]} x {header.shape[1]} px are not square; extract square particles"
+                    f"{path}: images of {header.shape[2]} x {header.shape[1]} px are not square; extract square "
+                    "particles"
                 )
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -226,8 +228,8 @@ class ImageStacks:
 
     def _past_the_end(self, row: int, path: Path, count: int) -> InputError:
         return InputError(
-            f"{self._where}row {row + 1}: image {self._names[row]} is past the end of {path}, which has {count} images; "
-            "correct rlnImageName or copy the whole stack"
+            f"{self._where}row {row + 1}: image {self._names[row]} is past the end of {path}, which has {count} "
+            "images; correct rlnImageName or copy the whole stack"
         )
 
     def _located(self, file: int) -> tuple[Path, Header]:

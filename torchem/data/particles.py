@@ -131,7 +131,7 @@ class Particles:
 
     @property
     def has_poses(self) -> bool:
-        """Whether the file gives orientations: all three angles, and not 0 throughout as RELION has them at the start."""
+        """Whether the file gives orientations, not 0 throughout as RELION writes them at the start of a run."""
         labels = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
         return all(label in self.table for label in labels) and bool(np.any(self.euler))
 
@@ -157,7 +157,8 @@ class Particles:
         if not np.isin(subset, (1, 2)).all():
             row = int(np.flatnonzero(~np.isin(subset, (1, 2)))[0])
             raise InputError(
-                f"{self.source}, row {row + 1}: rlnRandomSubset is {subset[row]:g}, not 1 or 2; correct or remove the column"
+                f"{self.source}, row {row + 1}: rlnRandomSubset is {subset[row]:g}, not 1 or 2; correct or "
+                "remove the column"
             )
         return subset.astype(np.int64)
 
@@ -168,7 +169,8 @@ class Particles:
         if not (norm > 0).all():
             row = int(np.flatnonzero(~(norm > 0))[0])
             raise InputError(
-                f"{self.source}, row {row + 1}: rlnNormCorrection is {norm[row]:g}, not positive; correct or remove the column"
+                f"{self.source}, row {row + 1}: rlnNormCorrection is {norm[row]:g}, not positive; correct or "
+                "remove the column"
             )
         return norm
 
@@ -236,10 +238,8 @@ class Particles:
             self._check_ctf()
         self.stacks.check()
         self._check_boxes()
-        # each raises for what is not a number, or not a possible one
-        for values in (self.euler, self.origin_angst, self.norm_correction, self.group):
-            assert len(values) == len(self)
-        self.random_subset  # noqa: B018
+        # these raise for what is not a number, or not a possible one
+        _ = self.euler, self.origin_angst, self.norm_correction, self.random_subset, self.group
         if particle_diameter is not None:
             self._check_diameter(particle_diameter)
             self._check_normalised(particle_diameter)
@@ -440,8 +440,8 @@ def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     name = next((name for name in ("particles", *loops) if name in loops and "rlnImageName" in loops[name]), None)
     if name is None:
         raise InputError(
-            f"{path} has no loop with the column rlnImageName (blocks: {', '.join('data_' + block for block in blocks)}); "
-            "give a particle STAR file"
+            f"{path} has no loop with the column rlnImageName (blocks: "
+            f"{', '.join('data_' + block for block in blocks)}); give a particle STAR file"
         )
     table = loops[name]
     if "optics" not in blocks:
@@ -493,7 +493,8 @@ def _group_rows(path: Path, table: pd.DataFrame, optics: pd.DataFrame) -> np.nda
     if groups.isna().any():
         row = int(np.flatnonzero(groups.isna())[0])
         raise InputError(
-            f"{path}, row {row + 1}: rlnOpticsGroup {table['rlnOpticsGroup'].iloc[row]} is not in data_optics; add it there"
+            f"{path}, row {row + 1}: rlnOpticsGroup {table['rlnOpticsGroup'].iloc[row]} is not in data_optics; "
+            "add it there"
         )
     return groups.to_numpy(np.int64)
 
@@ -536,6 +537,7 @@ def _numbers(
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values))[0])
         raise InputError(
-            f"{path}, row {row + 1} of data_{block}: {label} is {table[label].iloc[row]!r}, not a number; correct the row"
+            f"{path}, row {row + 1} of data_{block}: {label} is {table[label].iloc[row]!r}, not a number; "
+            "correct the row"
         )
     return values
