@@ -63,9 +63,7 @@ def test_without_cs_the_zeros_lie_at_whole_turns_of_defocus():
         defocus = turn / (electron_wavelength(300) * frequency2)
         value = ctf(group, particle(defocus, defocus), torch.tensor([k]), torch.tensor([0])).item()
         assert abs(value) < 1e-7
-        peak = ctf(
-            group, particle(defocus - 0.5 / (electron_wavelength(300) * frequency2), 0), *_axis(k)
-        ).item()
+        peak = ctf(group, particle(defocus - 0.5 / (electron_wavelength(300) * frequency2), 0), *_axis(k)).item()
         assert abs(peak) == pytest.approx(1, abs=1e-9)
 
 
@@ -115,9 +113,7 @@ def test_constant_even_term_is_a_phase_shift_and_quadratic_one_is_defocus():
     # Z(0, 2) = 2k² − 1 is the third coefficient (m = −2, 0, 2 follow the constant)
     c = -math.pi * electron_wavelength(300) * 800 / 2
     rows = particle(15000 + 800, 15000 + 800, phase=-math.degrees(-c))
-    torch.testing.assert_close(
-        ctf(optics(even_zernike=(0, 0, c)), particle(), kx, ky), ctf(optics(), rows, kx, ky)
-    )
+    torch.testing.assert_close(ctf(optics(even_zernike=(0, 0, c)), particle(), kx, ky), ctf(optics(), rows, kx, ky))
     # Z(4, 4, m = 4) leaves the axes' mean alone: equal along x and y, opposite on the diagonals
     four = optics(even_zernike=(0,) * 8 + (500.0,))
     k = 12
@@ -150,9 +146,7 @@ def test_odd_terms_shift_and_tilt():
 
 def test_odd_phase_is_odd_and_even_phase_even():
     kx, ky = half_plane(64)
-    group = optics(
-        odd_zernike=tuple(0.1 * i for i in range(12)), even_zernike=tuple(0.1 * i for i in range(9))
-    )
+    group = optics(odd_zernike=tuple(0.1 * i for i in range(12)), even_zernike=tuple(0.1 * i for i in range(9)))
     forth, back = aberration_phase(group, kx, ky), aberration_phase(group, -kx, -ky)
     torch.testing.assert_close(forth, back.conj())
     torch.testing.assert_close(ctf(group, particle(), kx, ky), ctf(group, particle(), -kx, -ky))

@@ -139,9 +139,7 @@ def ctf(optics: Optics, parameters: Tensor, kx: Tensor, ky: Tensor) -> Tensor:
     return values.masked_fill_((values < 0) & (values > -CTF_FLOOR), -CTF_FLOOR)
 
 
-def aberration_phase(
-    optics: Optics, kx: Tensor, ky: Tensor, dtype: torch.dtype = torch.complex128
-) -> Tensor | None:
+def aberration_phase(optics: Optics, kx: Tensor, ky: Tensor, dtype: torch.dtype = torch.complex128) -> Tensor | None:
     r"""Unit phases that beam tilt and odd Zernike terms put on image transforms, or None without any.
 
     :math:`e^{i\Psi(k)}` with Ψ = Σ cᵢZᵢ(k) − 2πC_sλ²|k|²(k·t), t the beam tilt in radians (RELION's
@@ -211,9 +209,7 @@ def _odd_order(index: int) -> tuple[int, int]:
     return 2 * (index - half * half - half) - n, n
 
 
-def _zernike(
-    coefficients: tuple[float, ...], order: Callable[[int], tuple[int, int]], x: Tensor, y: Tensor
-) -> Tensor:
+def _zernike(coefficients: tuple[float, ...], order: Callable[[int], tuple[int, int]], x: Tensor, y: Tensor) -> Tensor:
     """Sum of Zernike polynomials: cosine terms for m >= 0, sine terms of |m| for m < 0, radius in 1/Å."""
     total = torch.zeros_like(x)
     radius, azimuth = torch.hypot(x, y), torch.atan2(y, x)

@@ -32,9 +32,7 @@ def soft_sphere(
     return (0.5 + 0.5 * torch.cos(math.pi * (beyond / edge_px).clamp(0, 1))).to(dtype)
 
 
-def apply_circular_mask(
-    images: Tensor, radius_px: float, edge_px: float = 5.0, fill: Tensor | None = None
-) -> Tensor:
+def apply_circular_mask(images: Tensor, radius_px: float, edge_px: float = 5.0, fill: Tensor | None = None) -> Tensor:
     """Keep a soft disc of every image; outside goes background or noise (RELION's softMaskOutsideMap).
 
     Parameters
