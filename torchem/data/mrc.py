@@ -43,7 +43,8 @@ def read_header(path: str | Path) -> Header:
             with mrcfile.open(path, header_only=True, permissive=True) as file:
                 header = file.header
                 byte_order = header.nx.dtype.byteorder
-                if abs(int(header.mode)) > 255:  # the other byte order behind a wrong machine stamp
+                # a wrong machine stamp: the numbers are sensible in the other byte order
+                if max(abs(int(header.mode)), abs(int(header.nx))) > 0xFFFF:
                     header = header.view(header.dtype.newbyteorder())
                     byte_order = {"<": ">", ">": "<"}.get(byte_order, ">")
                 mode = int(header.mode)

@@ -160,11 +160,16 @@ def _column(label: str, values: Sequence[str]) -> np.ndarray:
     """Values as int64 or float64 if all are numbers and the label is not one of text, else as text."""
     # Python reads "1_0" as a number, STAR does not
     if not _TEXT.search(label) and not any("_" in value for value in values):
-        for number, dtype in ((int, np.int64), (float, np.float64)):
-            try:
-                return np.array([number(value) for value in values], dtype=dtype)
-            except (ValueError, OverflowError):
-                continue
+        try:
+            return np.array([int(value) for value in values], dtype=np.int64)
+        except OverflowError:
+            return np.array(values, dtype=object)  # an identifier of 64 bits or more: a float would lose digits
+        except ValueError:
+            pass
+        try:
+            return np.array([float(value) for value in values], dtype=np.float64)
+        except ValueError:
+            pass
     return np.array(values, dtype=object)
 
 
