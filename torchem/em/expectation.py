@@ -46,14 +46,13 @@ class ExpectationSettings:
     adaptive_fraction: float = 0.999
     cross_correlation: bool = False
     local_sigma: float | None = None
-    ctf_scale: bool = True
     padding: int = 2
     chunk_elements: int = 2**24
 
 
 @dataclass
 class Sums:
-    """Weighted sums of one half over its particles (ALGORITHM §5); volumes in the run's precision, the rest double."""
+    """Weighted sums of one half over its particles (Scheres 2012, eqs. 3-7); volumes in the run's precision, the rest double."""
 
     data: Tensor  # (k, D, D, D//2 + 1) complex
     weight: Tensor
@@ -183,7 +182,10 @@ class Expectation:
         ctf = batch.ctf[:, :n_pixels] * scale
         masked = batch.masked[:, :n_pixels]
         if self.settings.cross_correlation:
-            return masked * ctf, ctf.square(), masked.abs().square().sum(1)
+            # RELION sums the correlation over the whole window: all of the column kx = 0, corners of the image too
+            pixels = batch.geometry.pixels
+            twice = 1 + ((pixels.kx == 0) & (pixels.ky > 0))[:n_pixels].to(self.dtype)
+            return masked * (ctf * twice), ctf.square() * twice, batch.window_power.to(self.dtype)
         inverse_sigma2 = inverse_sigma2[:n_pixels].clone()
         inverse_sigma2[0] = 0  # the origin takes no part
         return masked * (ctf * inverse_sigma2), ctf.square() * inverse_sigma2, None
@@ -229,7 +231,12 @@ class Expectation:
         )
         particle, column, log_weight, log_prior, log_total = (torch.cat(p) for p in zip(*parts, strict=True))
         if self.settings.cross_correlation:
-            return Samples(particle, column, log_prior, torch.ones_like(particle))
+            # winner takes all, and no priors
+            top, _ = row_logsumexp(log_weight, particle, len(batch))
+            best = self._first_best(log_weight, particle, top)
+            return Samples(
+                particle[best], column[best], torch.zeros_like(log_prior[best]), torch.ones_like(particle[best])
+            )
         keep = significant_samples(log_weight, particle, log_total, self.settings.adaptive_fraction)
         return Samples(
             particle[keep], column[keep], log_prior[keep],
@@ -257,9 +264,9 @@ class Expectation:
             )  # (n, r, t)
             n = len(slab)
             if self.settings.cross_correlation:
-                best = scores.reshape(n, -1).argmax(1)
+                best = scores.reshape(n, -1).max(1)
                 zero = torch.zeros(n, dtype=torch.float64, device=images.device)
-                yield slab, best, zero, zero, zero
+                yield slab, best.indices, best.values, zero, zero
                 continue
             log_prior = (
                 orientation_prior.reshape(1, -1, per_class, 1) + offset_prior[slab][:, :, None]
@@ -300,7 +307,8 @@ class Expectation:
                 images[which], weights[which], slices[inverse][:, None], phases,
                 None if power is None else power[which],
             )[:, 0].double()  # fmt: skip
-        log_weight += log_prior
+        if not self.settings.cross_correlation:
+            log_weight += log_prior
         rows = particle[:, None].expand(-1, n_shifts).flatten()
         columns = (orientation[:, None] * n_shifts + torch.arange(n_shifts, device=images.device)).flatten()
         _, log_total = row_logsumexp(log_weight.flatten(), rows, len(batch))

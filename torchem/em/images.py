@@ -1,14 +1,22 @@
-"""Particle images as the E-step wants them: normalised, centred, masked, transformed (ALGORITHM: the E-step's §3)."""
+"""Particle images as the E-step wants them: normalised, centred, masked, transformed (Scheres 2012)."""
 
+import logging
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from torchem.data.particles import Particles
 from torchem.imaging.ctf import Optics, aberration_phase, ctf, mtf
 from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform
 from torchem.imaging.masks import apply_circular_mask
+
+log = logging.getLogger(__name__)
+
+# the first noise spectra are made of this many images an optics group
+NOISE_PARTICLES = 1000
 
 
 @dataclass
@@ -83,6 +91,8 @@ class ImageBatch:
         `(n, p)` what the image is multiplied by before back-projection: CTF (1 for premultiplied images).
     power
         `(n, box//2 + 1)` Σ|X|² of the masked image by shell, whole transform, double.
+    window_power
+        `(n,)` Σ|X|² over the whole square window, its corners and all of the column kx = 0 included, double.
     offset_angst
         `(n, 2)` Å, double: the rounded old offset, by which the image was shifted.
     """
@@ -94,6 +104,7 @@ class ImageBatch:
     ctf: Tensor
     back_ctf: Tensor
     power: Tensor
+    window_power: Tensor
     offset_angst: Tensor
 
     def __len__(self) -> int:
@@ -138,7 +149,10 @@ def prepare_images(
     if noise_spectrum is not None:
         fill = spectral_noise(particles, noise_spectrum, optics.box, seed).to(images)
     circle = apply_circular_mask(images, particle_diameter / (2 * optics.pixel_size), fill=fill)
-    masked = pixels.gather(half_transform(circle))
+    transform = half_transform(circle)
+    rows = torch.arange(1 - geometry.size // 2, geometry.size // 2 + 1, device=images.device)
+    window_power = transform[:, rows, : geometry.size // 2 + 1].abs().square().double().sum((1, 2))
+    masked = pixels.gather(transform)
     unmasked = pixels.gather(half_transform(images))[:, :n_pixels]
     # shell size/2 is summed inside the window only, the shells beyond it whole
     counted = (torch.arange(masked.shape[1], device=images.device) < n_pixels) | (pixels.shell > geometry.size // 2)
@@ -157,16 +171,15 @@ def prepare_images(
     grey = geometry.magnification**-2
     if ctf_parameters is None:
         modulation = torch.full((len(images), n_pixels), grey, dtype=images.dtype, device=images.device)
-        return ImageBatch(
-            geometry, particles, masked, unmasked, modulation, modulation, power, shift * optics.pixel_size
-        )
-    modulation = (grey * ctf(optics, ctf_parameters, kx, ky)).to(images.dtype)
-    if optics.premultiplied:
-        return ImageBatch(
-            geometry, particles, masked, unmasked, modulation.square() / grey,
-            torch.full_like(modulation, grey), power, shift * optics.pixel_size,
-        )  # fmt: skip
-    return ImageBatch(geometry, particles, masked, unmasked, modulation, modulation, power, shift * optics.pixel_size)
+        back_modulation = modulation
+    else:
+        back_modulation = modulation = (grey * ctf(optics, ctf_parameters, kx, ky)).to(images.dtype)
+        if optics.premultiplied:
+            modulation, back_modulation = modulation.square() / grey, torch.full_like(modulation, grey)
+    return ImageBatch(
+        geometry, particles, masked, unmasked, modulation, back_modulation, power, window_power,
+        shift * optics.pixel_size,
+    )  # fmt: skip
 
 
 def translate(images: Tensor, shift: Tensor) -> Tensor:
@@ -211,3 +224,87 @@ def _mix(x: Tensor) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+class ParticleImages:
+    """The particles' images in the precision and on the device of the run, kept there if there is room.
+
+    An image that cannot be used (not a number, or constant) is named once and left out of every batch.
+    """
+
+    def __init__(self, particles: Particles, dtype: torch.dtype, device: torch.device, keep: bool) -> None:
+        self._particles, self._dtype, self._device = particles, dtype, device
+        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = {} if keep else None
+        self.unusable: set[int] = set()
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images `(m, L, L)` of those particles `(n,)` of one optics group that can be used, and their numbers."""
+        if self._kept is None or not len(indices):
+            return self._load(indices)
+        # the same batches come in every iteration
+        key = int(indices[0]), len(indices)
+        if key not in self._kept:
+            self._kept[key] = self._load(indices)
+        return self._kept[key]
+
+    def sample(self, members: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The usable ones of the first NOISE_PARTICLES members, and their numbers; not kept."""
+        return self._load(torch.from_numpy(members[:NOISE_PARTICLES]))
+
+    def _load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        images = torch.from_numpy(self._particles.images(indices.numpy())).to(self._device, self._dtype)
+        flat = images.flatten(1)
+        usable = (torch.isfinite(flat).all(1) & (flat.amax(1) > flat.amin(1))).cpu()
+        for particle in indices[~usable].tolist():
+            if particle not in self.unusable:
+                self.unusable.add(particle)
+                name = self._particles.table["rlnImageName"].iloc[particle]
+                log.warning("particle %d (%s) is constant or not a number: left out", particle + 1, name)
+        if not bool(usable.all()):
+            images = images[usable.to(self._device)]
+        return images, indices[usable]
+
+    @staticmethod
+    def shell_counts(optics: Optics) -> Tensor:
+        """Pixels in each whole shell of a group's transform, on the CPU."""
+        return FourierPixels.of(optics.box).shell_counts()
+
+
+def estimate_noise(
+    images: ParticleImages, members: np.ndarray, optics: Optics, particle_diameter: float | None, origin_angst: Tensor
+) -> Tensor:
+    """First noise spectrum of an optics group: mean power of up to 1,000 images less that of their average.
+
+    σ²(s) = ½ mean over particles of the mean of |X|² over the shell, minus half the shell mean of |mean X|²; where
+    that is negative the lower neighbour stands.
+
+    Parameters
+    ----------
+    members
+        `(n,)` particles of the group.
+    particle_diameter
+        Å, of the mask; None: the images are not masked.
+    origin_angst
+        `(N, 2)` origins of all particles.
+
+    Returns
+    -------
+    `(box//2 + 1,)` double.
+    """
+    batch, chosen = images.sample(members)
+    shift = origin_angst[chosen].to(batch.device) / optics.pixel_size
+    shift = torch.where(shift >= 0, torch.floor(shift + 0.5), torch.ceil(shift - 0.5)).long()
+    batch = translate(batch, shift)
+    if particle_diameter is not None:
+        batch = apply_circular_mask(batch, particle_diameter / (2 * optics.pixel_size))
+    pixels = FourierPixels.of(optics.box, batch.device)
+    transforms = pixels.gather(half_transform(batch))
+    sums = pixels.shell_matrix(optics.box, torch.float64)
+    counts = pixels.shell_counts().clamp(min=1)
+    each = transforms.abs().square().double().mean(0) @ sums / counts
+    average = transforms.mean(0).abs().square().double() @ sums / counts
+    sigma2 = (each - average) / 2
+    for shell in range(1, len(sigma2)):
+        if sigma2[shell] < 0:
+            sigma2[shell] = sigma2[shell - 1]
+    return sigma2

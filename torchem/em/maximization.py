@@ -56,20 +56,24 @@ class Backprojection:
     def __add__(self, other: "Backprojection") -> "Backprojection":
         return Backprojection(self.data + other.data, self.weight + other.weight, self.padding, self.box)
 
-    def _radius(self) -> Tensor:
+    def radius(self) -> Tensor:
         """Padded distance from the origin of each voxel, in shells of the box, double."""
         return volume_radius2(tuple(self.weight.shape), self.weight.device).double().sqrt() / self.padding
 
-    def shell_mean(self, values: Tensor, shell: Tensor) -> Tensor:
-        """`(box//2 + 1,)` double: mean over the voxels of each shell inside r_max; 0 in empty shells."""
-        inside = self._radius() < self.r_max
+    def shell_mean(self, values: Tensor, shell: Tensor, border: bool = False) -> Tensor:
+        """`(box//2 + 1,)` double: mean over the voxels of each shell inside r_max; 0 in empty shells.
+
+        Voxels at r_max itself are left out unless ``border`` is set, as in RELION.
+        """
+        radius = self.radius()
+        inside = radius <= self.r_max if border else radius < self.r_max
         shell, values = shell[inside], values[inside].double()
         total = torch.zeros(self.box // 2 + 2, dtype=torch.float64, device=values.device)
         total.index_add_(0, shell, values)
         return (total / torch.bincount(shell, minlength=len(total)).clamp(min=1))[:-1]
 
     def reconstruct(self, tau2: Tensor | None = None, tau2_fudge: float = 1.0) -> Tensor:
-        """The map: data / (weight + 1/(p^d·fudge·τ²)), back in real space (ALGORITHM §6.7).
+        """The map: data / (weight + 1/(p^d·fudge·τ²)), back in real space.
 
         Parameters
         ----------
@@ -80,7 +84,7 @@ class Backprojection:
         -------
         `(box, box, box)` or `(box, box)` real.
         """
-        radius = self._radius()
+        radius = self.radius()
         weight = self.weight.double()
         if tau2 is not None:
             shell = torch.floor(radius + 0.5).long().clamp(max=len(tau2) - 1)
@@ -99,22 +103,24 @@ class Backprojection:
         return map_ / gridding_correction(self.box, self.padding, map_.ndim, map_.dtype, map_.device)
 
     def noise_power(self) -> Tensor:
-        """σ²(s) = 1 / mean of p^d·weight over the shell (ALGORITHM §6.6); 0 where nothing was measured."""
-        mean = self.shell_mean(self.weight, torch.floor(self._radius() + 0.5).long())
+        """σ²(s) = 1 / mean of p^d·weight over the shell; 0 where nothing was measured."""
+        mean = self.shell_mean(self.weight, torch.floor(self.radius() + 0.5).long())
         mean = mean * self.padding**self.weight.ndim
         return torch.where(mean > 1e-10, 1 / mean.clamp(min=1e-300), 0.0)
 
     def coverage(self, tau2: Tensor, tau2_fudge: float) -> tuple[Tensor, Tensor]:
         """Share of each shell where the data outweigh the prior, and the mean ratio of the two."""
-        shell = torch.floor(self._radius() + 0.5).long()
+        shell = torch.floor(self.radius() + 0.5).long()
         prior = torch.where(tau2 > 0, 1 / (tau2_fudge * tau2), torch.inf)
         prior = torch.cat((prior, prior.new_full((1,), torch.inf)))
         ratio = self.weight.double() * self.padding**self.weight.ndim / prior[shell.clamp(max=len(prior) - 1)]
         return self.shell_mean((ratio >= 1).double(), shell), self.shell_mean(ratio, shell)
 
 
-def join_low_resolution(first: Backprojection, second: Backprojection, shell: int) -> None:
+def join_low_resolution(first: Backprojection, second: Backprojection, shell: float) -> None:
     """Give both halves the mean of their sums up to a shell, in place: they must not drift apart at low resolution."""
+    # a shell number that is whole but for rounding is that shell
+    shell = math.ceil(shell - 1e-6)
     inside = volume_radius2(tuple(first.weight.shape), first.weight.device) <= (first.padding * shell) ** 2
     for name in ("data", "weight"):
         a, b = getattr(first, name), getattr(second, name)
@@ -124,7 +130,7 @@ def join_low_resolution(first: Backprojection, second: Backprojection, shell: in
 
 
 def fourier_shell_correlation_of_sums(first: Backprojection, second: Backprojection) -> Tensor:
-    """FSC of two back-projections on the unpadded grid (ALGORITHM §6.4).
+    """FSC of two back-projections on the unpadded grid.
 
     Data and weights are summed into voxels round(k/p) and divided there, so that no gridding is needed.
 
@@ -170,7 +176,7 @@ def _downsampled(x: Backprojection) -> Tensor:
 
 
 def prior_from_fsc(fsc: Tensor, noise_power: Tensor, tau2_fudge: float, joined: bool) -> tuple[Tensor, Tensor]:
-    """Data-vs-prior ratio and τ² of a map from the FSC of the halves (ALGORITHM §6.6).
+    """Data-vs-prior ratio and τ² of a map from the FSC of the halves.
 
     SSNR = fudge·f/(1 − f), with f ← √(2f/(1+f)) where the map is made of both halves; τ² = SSNR·σ².
     """
@@ -182,10 +188,16 @@ def prior_from_fsc(fsc: Tensor, noise_power: Tensor, tau2_fudge: float, joined: 
     return ssnr, ssnr * noise_power
 
 
+def reference_power(volume: Tensor, padding: int, box: int) -> Tensor:
+    """`(box//2 + 1,)` double: half the mean power of a reference's Fourier volume by shell, τ² of a classification."""
+    whole = Backprojection(volume, volume.abs().square(), padding, box)
+    return whole.shell_mean(whole.weight, torch.floor(whole.radius() + 0.5).long(), border=True) / 2
+
+
 def update_parameters(
     model: Model, sums: Sums, shell_counts: list[Tensor], *, norm: bool, scale: bool, cross_correlation: bool
 ) -> None:
-    """Norm average, scales, priors, offset variance and noise spectra, in place (ALGORITHM §6.8).
+    """Norm average, scales, priors, offset variance and noise spectra, in place.
 
     Parameters
     ----------
@@ -207,8 +219,8 @@ def update_parameters(
     model.pdf_direction = sums.pdf_direction / total
     model.pdf_class = model.pdf_direction.sum(1)
     if model.ndim == 2:
-        class_weight = sums.pdf_direction.sum(1, keepdim=True)
-        model.prior_offset = torch.where(class_weight > 0, sums.class_offset / class_weight.clamp(min=1e-300), 0.0)
+        # RELION divides by the weight of all classes
+        model.prior_offset = sums.class_offset / total
     model.sigma_offset = math.sqrt(max(float(sums.offset_square / (2 * total)), SIGMA_OFFSET_MINIMUM2))
     model.average_pmax = float(sums.pmax / total)
     model.log_likelihood = float(sums.log_likelihood)

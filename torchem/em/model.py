@@ -1,6 +1,6 @@
 """What a refinement knows: the model of each half, the state of each particle, and of the schedule."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -136,6 +136,10 @@ class State:
         Fourier pixels of the two passes.
     current_resolution
         Å; infinite before the first iteration.
+    orientability
+        `(L//2 + 1,)` share of each shell in telling orientations apart.
+    local_sigma
+        degrees: width of the priors around the last poses; None while all orientations are searched.
     """
 
     halves: list[Model]
@@ -143,8 +147,9 @@ class State:
     poses: Poses
     subset: Tensor
     generator: torch.Generator
+    orientability: Tensor
     iteration: int = 0
-    local_searches: bool = False
+    local_sigma: float | None = None
     current_size: int = 0
     coarse_size: int = 0
     current_resolution: float = float("inf")
@@ -161,4 +166,3 @@ class State:
     accuracy_offsets: float = 999.0
     fine_enough: bool = False
     converged: bool = False
-    history: list[dict] = field(default_factory=list)

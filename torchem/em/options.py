@@ -176,27 +176,20 @@ class RefineOptions:
             raise InputError("\n".join(problems))
 
     def check_against(self, particles: Particles) -> None:
-        """Refuse settings that do not fit these particles.
+        """Refuse settings that do not fit these particles (the diameter is for ``Particles.check``).
 
         Raises
         ------
         InputError
             One line a problem: option, value, remedy.
         """
-        s, diameter = self.sampling, self.dataset.particle_diameter
+        s = self.sampling
         problems: list[str] = []
-        if diameter is None:
+        if self.dataset.particle_diameter is None:
             problems.append(
                 "dataset.particle_diameter is not given: give the particle's longest dimension and a margin, in Å"
             )
         for optics in particles.optics:
-            width = optics.box * optics.pixel_size
-            if diameter is not None and diameter > width:
-                problems.append(
-                    f"dataset.particle_diameter={diameter:g}: larger than the {width:g} Å box of optics group "
-                    f"{optics.name} ({optics.box} px of {optics.pixel_size:g} Å); give the diameter in Å, "
-                    "or extract the particles in a larger box"
-                )
             if s.offset_range >= optics.box / 2:
                 problems.append(
                     f"sampling.offset_range={s.offset_range:g}: reaches the edge of the {optics.box} px box of "

@@ -4,6 +4,8 @@ All of it is RELION's auto-refinement; the numbers are its constants. Resolution
 a Å: shell s is L·a/s Å.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ ACCURACY_PARTICLES = 100
 
 
 def image_sizes(state: State, box: int, pixel_size: float, particle_diameter: float, ini_high: float | None) -> None:
-    """Set ``current_size`` and ``coarse_size``, with the sampling of the previous iteration (ALGORITHM §2).
+    """Set ``current_size`` and ``coarse_size``, with the sampling of the previous iteration.
 
     Parameters
     ----------
@@ -64,7 +66,7 @@ def size_after_fsc(state: State, fsc: Tensor) -> None:
 
 
 def resolution_shell(data_vs_prior: Tensor) -> int:
-    """The last shell in which the data outweigh the prior, over classes `(k, s)` (ALGORITHM §6.11).
+    """The last shell in which the data outweigh the prior, over classes `(k, s)`.
 
     The shell before the first ratio below 1; if some shell more than 3 beyond it is above 1, the highest such one.
     """
@@ -90,7 +92,7 @@ def update_resolution(state: State, shell: int, box: int, pixel_size: float) -> 
 
 
 def update_changes(state: State, old_euler: Tensor, old_offsets: Tensor, operators: Tensor) -> None:
-    """Measure how much the poses moved and count the iterations in which they did not move less (ALGORITHM §7)."""
+    """Measure how much the poses moved and count the iterations in which they did not move less."""
     matrices = [rotation_matrix(*euler.unbind(1)) for euler in (old_euler, state.poses.euler)]
     state.change_angles = float(axes_distance(*matrices, operators).mean())
     moved = (state.poses.offset_angst - old_offsets).square().sum(1).mean()
@@ -108,7 +110,7 @@ def update_changes(state: State, old_euler: Tensor, old_offsets: Tensor, operato
 
 
 def update_sampling(state: State, local_healpix_order: int) -> None:
-    """Go to a finer grid when neither resolution nor poses get better; note when it is fine enough (ALGORITHM §7)."""
+    """Go to a finer grid when neither resolution nor poses get better; note when it is fine enough."""
     if state.iterations_without_gain < 1 or state.iterations_without_change < 1:
         return
     sampling = state.sampling
@@ -129,7 +131,8 @@ def update_sampling(state: State, local_healpix_order: int) -> None:
         healpix_order=sampling.healpix_order + 1, oversampling=sampling.oversampling,
         perturb=sampling.perturb, perturbation=sampling.perturbation,
     )  # fmt: skip
-    state.local_searches = state.local_searches or state.sampling.healpix_order >= local_healpix_order
+    if state.local_sigma is not None or state.sampling.healpix_order >= local_healpix_order:
+        state.local_sigma = state.sampling.angular_step
     state.iterations_without_gain = state.iterations_without_change = 0
     state.smallest_change_angles = state.smallest_change_offsets = 999.0
 
@@ -142,8 +145,8 @@ def has_converged(state: State) -> bool:
 def estimate_accuracy(
     model: Model, batch: ImageBatch, inverse_sigma2: Tensor, euler: Tensor, class_number: Tensor, r_max: int,
     padding: int, generator: torch.Generator,
-) -> tuple[float, float]:  # fmt: skip
-    """The smallest errors of angle (degrees) and shift (Å) that the data could tell (ALGORITHM §7).
+) -> tuple[float, float, Tensor]:  # fmt: skip
+    """The smallest errors of angle (degrees) and shift (Å) that the data could tell.
 
     A growing error is put into one angle or one coordinate of each particle's pose, until
     Σ |C·P₁ − C·P₂|²/(2σ²) exceeds -log 0.01; the mean over the particles.
@@ -156,6 +159,10 @@ def estimate_accuracy(
         `(p,)`.
     euler, class_number
         `(n, 3)` degrees, `(n,)`.
+
+    Returns
+    -------
+    angle, shift, and `(box//2 + 1,)` the share of each shell in telling the angles apart (all 0 if none does).
     """
     n, device, dtype = len(batch), batch.ctf.device, model.references.dtype
     weight = batch.ctf.square() * inverse_sigma2 * (torch.arange(batch.ctf.shape[1], device=device) > 0)
@@ -176,17 +183,21 @@ def estimate_accuracy(
     axis = torch.randint(n_angles, (n,), generator=generator).to(device) + (3 - n_angles)
     coordinate = torch.randint(2, (n,), generator=generator).to(device)
 
-    def first_error(errors: list[float], moved) -> float:
+    shell_matrix = batch.geometry.pixels.shell_matrix(batch.geometry.size, torch.float64)
+
+    def first_error(errors: list[float], moved: Callable[[float], Tensor]) -> tuple[float, Tensor]:
         found = torch.full((n,), errors[-1], dtype=torch.float64, device=device)
         open_ = torch.ones(n, dtype=torch.bool, device=device)
+        by_shell = torch.zeros(shell_matrix.shape[1], dtype=torch.float64, device=device)
         for error in errors:
-            difference = (true - moved(error)).abs().square()
-            distinct = (difference * weight).sum(1) / 2 > ACCURACY_THRESHOLD
-            found = torch.where(open_ & distinct, error, found)
+            difference = ((true - moved(error)).abs().square() * weight).double() / 2
+            distinct = open_ & (difference.sum(1) > ACCURACY_THRESHOLD)
+            found = torch.where(distinct, error, found)
+            by_shell += difference[distinct].sum(0) @ shell_matrix
             open_ &= ~distinct
             if not bool(open_.any()):
                 break
-        return float(found.mean())
+        return float(found.mean()), by_shell / by_shell.sum().clamp(min=1e-300)
 
     def turned(error: float) -> Tensor:
         angles = euler.clone()
@@ -200,9 +211,9 @@ def estimate_accuracy(
 
     angle_steps = ((0.2, 0.05), (1, 0.1), (2, 0.2), (5, 0.5), (10, 1), (20, 2), (30, 5))
     shift_steps = ((1, 0.1), (2, 0.2), (5, 0.5), (10, 1))
-    angles = first_error(_growing(angle_steps), turned)
-    shift = first_error(_growing(shift_steps), shifted)
-    return angles, shift * batch.geometry.optics.pixel_size
+    angles, by_shell = first_error(_growing(angle_steps), turned)
+    shift, _ = first_error(_growing(shift_steps), shifted)
+    return angles, shift * batch.geometry.optics.pixel_size, by_shell
 
 
 def _growing(steps: tuple[tuple[float, float], ...]) -> list[float]:

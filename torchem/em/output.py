@@ -1,0 +1,232 @@
+"""What a run leaves behind: RELION's files for each iteration, and a checkpoint for what they cannot hold exactly.
+
+Files are written under temporary names; the optimiser file comes last and marks the iteration as whole.
+"""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchem.data.files import replacing
+from torchem.data.mrc import write_map
+from torchem.data.particles import Particles
+from torchem.data.relion import (
+    ModelClass,
+    ModelFile,
+    OptimiserFile,
+    SamplingFile,
+    write_model,
+    write_optimiser,
+    write_sampling,
+)
+from torchem.data.star import write_star
+from torchem.em.model import Model, Poses, State
+from torchem.em.options import RefineOptions
+from torchem.em.sampling import Grid, Sampling
+
+
+class Output:
+    """The run folder's writer.
+
+    Parameters
+    ----------
+    particles
+        the data set, whose own columns stay in the output.
+    options
+        of the run.
+    simulated
+        mark every file as made from simulated particles.
+    """
+
+    def __init__(self, folder: Path, particles: Particles, options: RefineOptions, simulated: bool) -> None:
+        self.folder, self.particles, self.options = folder, particles, options
+        self.comment = "torchem" + (": simulated particles" if simulated else "")
+        optics = particles.optics[0]
+        self.box, self.pixel_size = optics.box, optics.pixel_size
+
+    def write_iteration(self, state: State, grid: Grid) -> None:
+        """Write run_it012_* and its checkpoint."""
+        stem = f"run_it{state.iteration:03d}"
+        for number, half in enumerate(state.halves, 1):
+            self._map(f"{stem}_half{number}_class001.mrc", half.references[0])
+            self._model(f"{stem}_half{number}", half, state, number - 1)
+        self._data(stem, state)
+        self._sampling(stem, state, grid)
+        self._angular_distribution(f"{stem}_class001_angdist.bild", state)
+        save_checkpoint(self.folder / f"{stem}_checkpoint.pt", state)
+        self._optimiser(stem, state, [f"{stem}_half{n + 1}" for n in range(len(state.halves))])
+
+    def write_final(self, state: State, grid: Grid, joined: Model, unfiltered: list[Tensor]) -> None:
+        """Write the result: the joined map, the unfiltered halves, run_{data,model,sampling,optimiser}.star."""
+        for number, map_ in enumerate(unfiltered, 1):
+            self._map(f"run_half{number}_class001_unfil.mrc", map_)
+        self._map("run_class001.mrc", joined.references[0])
+        self._model("run", joined, state, None)
+        self._data("run", state)
+        self._sampling("run", state, grid)
+        self._angular_distribution("run_class001_angdist.bild", state)
+        self._optimiser("run", state, ["run"])
+
+    def _map(self, name: str, map_: Tensor) -> None:
+        write_map(self.folder / name, map_.cpu().numpy(), self.pixel_size, label=self.comment)
+
+    def _model(self, stem: str, model: Model, state: State, half: int | None) -> None:
+        shells = self.box // 2 + 1
+        mine = slice(None) if half is None else state.subset.numpy() == half
+        counts = np.bincount(self.particles.group[mine], minlength=len(self.particles.group_names))
+        classes = []
+        for k in range(model.n_classes):
+            coverage = model.fourier_coverage[k].cpu().numpy()
+            reached = np.arange(shells) <= self.box * self.pixel_size / state.current_resolution
+            volume = np.arange(shells) ** 2 * reached
+            classes.append(ModelClass(
+                reference_image=str(self.folder / f"{stem}_class{k + 1:03d}.mrc"),
+                distribution=float(model.pdf_class[k]),
+                acc_rot=state.accuracy_angles, acc_trans=state.accuracy_offsets,
+                resolution=state.current_resolution if np.isfinite(state.current_resolution) else 0.0,
+                overall_completeness=float((coverage * volume).sum() / max(volume.sum(), 1)),
+                data_vs_prior=model.data_vs_prior[k].cpu().numpy(),
+                fsc=model.fsc[k].cpu().numpy(),
+                completeness=coverage,
+                sigma2=model.sigma2[k].cpu().numpy(),
+                tau2=model.tau2[k].cpu().numpy(),
+                orientability=state.orientability.cpu().numpy(),
+                pdf_direction=model.pdf_direction[k].cpu().numpy() if model.ndim == 3 else None,
+            ))  # fmt: skip
+        write_model(self.folder / f"{stem}_model.star", ModelFile(
+            reference_dimension=model.ndim, box=self.box, current_resolution=state.current_resolution,
+            current_size=state.current_size, pixel_size=self.pixel_size, classes=classes,
+            group_names=self.particles.group_names,
+            sigma2_noise=[s.cpu().numpy() for s in model.sigma2_noise],
+            tau2_fudge=self.options.tau2_fudge, norm_correction_average=model.norm_average,
+            sigma_offset_angst=model.sigma_offset, log_likelihood=model.log_likelihood,
+            average_pmax=model.average_pmax, group_counts=counts, group_scales=model.scale.cpu().numpy(),
+            orientational_prior_mode=0 if state.local_sigma is None else 3,
+            sigma_prior_rot=state.local_sigma or 0.0, sigma_prior_tilt=state.local_sigma or 0.0,
+            sigma_prior_psi=state.local_sigma or 0.0,
+        ), self.comment)  # fmt: skip
+
+    def _data(self, stem: str, state: State) -> None:
+        poses, table = state.poses, self.particles.table.copy()
+        columns = {
+            "rlnGroupNumber": self.particles.group + 1,
+            "rlnAngleRot": poses.euler[:, 0].numpy(),
+            "rlnAngleTilt": poses.euler[:, 1].numpy(),
+            "rlnAnglePsi": poses.euler[:, 2].numpy(),
+            "rlnOriginXAngst": poses.offset_angst[:, 0].numpy(),
+            "rlnOriginYAngst": poses.offset_angst[:, 1].numpy(),
+            "rlnClassNumber": poses.class_number.numpy() + 1,
+            "rlnNormCorrection": poses.norm_correction.numpy(),
+            "rlnRandomSubset": state.subset.numpy() + 1,
+            "rlnLogLikeliContribution": poses.log_likelihood.numpy(),
+            "rlnMaxValueProbDistribution": poses.pmax.numpy(),
+            "rlnNrOfSignificantSamples": poses.significant.numpy(),
+        }
+        for label, values in columns.items():
+            table[label] = values
+        write_star(
+            self.folder / f"{stem}_data.star",
+            {"optics": self.particles.optics_table, "particles": table}, self.comment,
+        )  # fmt: skip
+
+    def _sampling(self, stem: str, state: State, grid: Grid) -> None:
+        sampling, options = state.sampling, self.options.sampling
+        write_sampling(self.folder / f"{stem}_sampling.star", SamplingFile(
+            healpix_order=sampling.healpix_order, symmetry=sampling.symmetry, psi_step=sampling.psi_step,
+            offset_range=sampling.offset_range, offset_step=sampling.offset_step,
+            perturb_instance=sampling.perturbation, perturb_factor=sampling.perturb,
+            healpix_order_original=options.healpix_order,
+            psi_step_original=360.0 / (6 * 2**options.healpix_order),
+            offset_range_original=options.offset_range * self.pixel_size,
+            offset_step_original=options.offset_step * self.pixel_size,
+            directions=torch.stack((grid.rot, grid.tilt), 1).cpu().numpy(),
+        ), self.comment)  # fmt: skip
+
+    def _optimiser(self, stem: str, state: State, models: list[str]) -> None:
+        options = self.options
+        name = {n: str(self.folder / f"{n}.star") for n in
+                (f"{stem}_data", f"{stem}_sampling", *(f"{m}_model" for m in models))}  # fmt: skip
+        write_optimiser(self.folder / f"{stem}_optimiser.star", OptimiserFile(
+            output_root=str(self.folder / "run"),
+            model_star=name[f"{models[0]}_model"],
+            model_star2=name[f"{models[1]}_model"] if len(models) > 1 else None,
+            data_star=name[f"{stem}_data"], sampling_star=name[f"{stem}_sampling"],
+            iteration=state.iteration, number_of_iterations=options.max_iterations,
+            split_random_halves=len(state.halves) == 2,
+            low_resol_join_halves=options.sampling.low_resol_join_halves,
+            oversampling=options.sampling.oversampling, adaptive_fraction=options.sampling.adaptive_fraction,
+            random_seed=options.seed, particle_diameter=options.dataset.particle_diameter,
+            zero_mask=options.zero_mask, solvent_correct_fsc=options.solvent_correct_fsc,
+            solvent_mask=options.reference.mask or "None", incr_size=state.size_increment, auto_refine=True,
+            local_healpix_order=options.sampling.local_healpix_order,
+            nr_wo_gain=state.iterations_without_gain, best_resolution=state.best_resolution,
+            nr_wo_change=state.iterations_without_change,
+            acc_rot=state.accuracy_angles, acc_trans=state.accuracy_offsets,
+            changes_rot=state.change_angles, changes_trans=state.change_offsets, changes_classes=0.0,
+            smallest_changes_rot=state.smallest_change_angles, smallest_changes_trans=state.smallest_change_offsets,
+            smallest_changes_classes=0, has_converged=state.converged, has_high_fsc=state.has_high_fsc,
+            norm=options.norm, scale=options.scale, ctf=options.ctf,
+            ctf_phase_flipped=any(o.phase_flipped for o in self.particles.optics),
+        ), self.comment)  # fmt: skip
+
+    def _angular_distribution(self, name: str, state: State) -> None:
+        """How many particles look along each direction, as cylinders around the map for ChimeraX."""
+        n, tilt, rot = 36, state.poses.euler[:, 1], state.poses.euler[:, 0]
+        # equal areas: bands of equal height in cos(tilt)
+        band = ((1 - torch.cos(torch.deg2rad(tilt))) / 2 * n / 2).long().clamp(0, n // 2 - 1)
+        sector = ((rot % 360.0) / 360.0 * n).long().clamp(0, n - 1)
+        counts = torch.bincount(band * n + sector, minlength=n * n // 2).reshape(n // 2, n)
+        radius = self.box * self.pixel_size / 2
+        lines = [f".comment {self.comment}"]
+        for b, s in torch.nonzero(counts).tolist():
+            share = counts[b, s].item() / counts.max().item()
+            cos_tilt, angle = 1 - (2 * b + 1) / (n / 2), (s + 0.5) * 2 * np.pi / n
+            sin_tilt = np.sqrt(1 - cos_tilt**2)
+            direction = np.array([sin_tilt * np.cos(angle), sin_tilt * np.sin(angle), cos_tilt])
+            start, end = direction * radius + radius, direction * radius * (1 + 0.4 * share) + radius
+            lines.append(f".color {share:.3f} 0 {1 - share:.3f}")
+            lines.append(".cylinder " + " ".join(f"{v:.3f}" for v in (*start, *end, radius / 40)))
+        with replacing(self.folder / name) as temporary:
+            temporary.write_text("\n".join(lines) + "\n")
+
+
+def save_checkpoint(path: Path, state: State) -> None:
+    """Write all of a state, exactly; the same state gives the same bytes."""
+    plain = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    plain["halves"] = [{k: _on_cpu(v) for k, v in vars(half).items()} for half in state.halves]
+    plain["sampling"] = dataclasses.asdict(state.sampling)
+    plain["poses"] = dict(vars(state.poses))
+    plain["generator"] = state.generator.get_state()
+    plain["orientability"] = state.orientability.cpu()
+    buffer = io.BytesIO()
+    torch.save(plain, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def load_checkpoint(path: Path, device: torch.device) -> State:
+    """Read :func:`save_checkpoint`'s file, the models onto a device."""
+    plain = torch.load(path, map_location="cpu", weights_only=True)
+    plain["halves"] = [Model(**{k: _on_device(v, device) for k, v in half.items()}) for half in plain["halves"]]
+    plain["sampling"] = Sampling(**plain["sampling"])
+    plain["poses"] = Poses(**plain["poses"])
+    generator = torch.Generator()
+    generator.set_state(plain["generator"])
+    plain["generator"] = generator
+    plain["orientability"] = plain["orientability"].to(device)
+    return State(**plain)
+
+
+def _on_cpu(value: object) -> object:
+    return _on_device(value, torch.device("cpu"))
+
+
+def _on_device(value: object, device: torch.device) -> object:
+    if isinstance(value, list):
+        return [_on_device(v, device) for v in value]
+    # a view would bring its whole storage along
+    return value.to(device).clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,65 @@
+"""How much of the data is worked on at once: batch and chunk sizes from the memory there is."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+# bytes held at once for each complex pixel of a chunk: slices, products and interpolation points
+BYTES_PER_CHUNK_ELEMENT = 96
+# bytes held for each pixel of a batch: both transforms, CTFs, operands of the scores
+BYTES_PER_BATCH_PIXEL = 120
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes that fit the memory for every iteration up to Nyquist.
+
+    Attributes
+    ----------
+    chunk_elements
+        complex values in one temporary of the E-step.
+    batch_particles
+        particles prepared at once.
+    keep_images
+        whether all images of this process stay on the device between iterations.
+    """
+
+    chunk_elements: int
+    batch_particles: int
+    keep_images: bool
+
+    def __str__(self) -> str:
+        kept = "images stay on the device" if self.keep_images else "images are read again in every iteration"
+        return f"batches of {self.batch_particles} particles, chunks of {self.chunk_elements / 1e6:.3g} M pixels, {kept}"
+
+
+def make_plan(n_particles: int, box: int, device: torch.device, dtype: torch.dtype) -> Plan:
+    """Divide the free memory: a quarter each for images, a batch and a chunk; the rest is for volumes.
+
+    Parameters
+    ----------
+    n_particles
+        of this process.
+    box
+        pixels, of the largest images.
+    """
+    free = _free_bytes(device)
+    width = torch.finfo(dtype).bits // 32
+    quarter = free // 4
+    image_bytes = 4 * box * box * width
+    keep = n_particles * image_bytes <= quarter
+    # a batch also holds whole transforms of its images while it is prepared
+    per_particle = (BYTES_PER_BATCH_PIXEL * box * box // 2) * width
+    batch = max(1, min(n_particles, quarter // per_particle))
+    # larger chunks than this gain nothing: on a CPU they should stay near its caches
+    largest = 2**21 if device.type == "cpu" else 2**27
+    chunk = max(2**16, min(largest, quarter // (BYTES_PER_CHUNK_ELEMENT * width)))
+    return Plan(chunk_elements=int(chunk), batch_particles=int(batch), keep_images=bool(keep))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(pages, 64 * 2**30)

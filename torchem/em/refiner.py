@@ -1,0 +1,435 @@
+"""Gold-standard 3D auto-refinement by expectation maximization, read top to bottom.
+
+Each half of the particles is refined against its own reference (Scheres 2012; Zhang et al. 2018): the schedule picks
+image sizes and sampling, the E-step weighs every pose of every particle, the M-step makes the new maps, and the Fourier
+shell correlation of the halves says how far to trust them. It ends when neither resolution nor poses get better on
+a grid that is finer than the data can tell apart; a last iteration joins the halves into one map.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchem.data.particles import Particles
+from torchem.em import schedule
+from torchem.em.expectation import Expectation, ExpectationSettings, Sums
+from torchem.em.images import ImageGeometry, ParticleImages, estimate_noise, prepare_images
+from torchem.em.maximization import (
+    Backprojection,
+    fourier_shell_correlation_of_sums,
+    join_low_resolution,
+    prior_from_fsc,
+    update_parameters,
+)
+from torchem.em.model import Model, Poses, State
+from torchem.em.options import RefineOptions
+from torchem.em.output import Output, load_checkpoint
+from torchem.em.plan import make_plan
+from torchem.em.sampling import Grid, Sampling
+from torchem.errors import InputError
+from torchem.imaging.fourier import half_transform, inverse_half_transform
+from torchem.imaging.masks import soft_sphere
+from torchem.imaging.resolution import phase_randomised_fsc, raised_cosine_lowpass, resolution_at
+from torchem.imaging.symmetry import canonical, euler_angles, operators
+from torchem.runtime.distributed import World
+
+log = logging.getLogger(__name__)
+
+PADDING = 2
+MASK_EDGE_PX = 5.0
+# RELION joins the halves at low resolution at least as far as the data are known
+FSC_THRESHOLD = 0.143
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration did and reached; angles in degrees, lengths in Å, seconds for all of it but writing."""
+
+    number: int
+    resolution_angst: float
+    pmax: float
+    healpix_order: int
+    local: bool
+    current_size: int
+    coarse_size: int
+    acc_rot: float
+    acc_trans: float
+    change_rot: float
+    change_trans: float
+    seconds: float
+    converged: bool
+    fsc: Tensor  # (L//2 + 1,)
+    maps: list[Tensor]  # both halves; the joined map in the last iteration
+
+
+class Refiner:
+    """A refinement; iterating over it runs it.
+
+    Parameters
+    ----------
+    options
+        see :class:`torchem.em.options.RefineOptions`.
+    particles
+        the data set; its subsets, poses, groups and norm corrections are respected where present.
+    reference
+        `(L, L, L)` float32 (z, y, x), box and pixel size of the particles' first optics group.
+    mask
+        `(L, L, L)` in [0, 1]; None: a soft sphere of the particle diameter.
+    folder
+        where every iteration is written; None: nowhere.
+    world
+        this process among all that share the work.
+    simulated
+        mark all output so.
+    """
+
+    def __init__(
+        self, options: RefineOptions, particles: Particles, reference: np.ndarray, mask: np.ndarray | None = None, *,
+        folder: Path | str | None = None, world: World | None = None, simulated: bool = False,
+    ) -> None:  # fmt: skip
+        self._set_up(options, particles, mask, folder, world, simulated)
+        self.state = self._initial_state(torch.as_tensor(reference))
+        self._write()
+
+    @classmethod
+    def resume(
+        cls, options: RefineOptions, particles: Particles, reference: np.ndarray, mask: np.ndarray | None = None, *,
+        folder: Path | str, world: World | None = None, simulated: bool = False,
+    ) -> "Refiner":  # fmt: skip
+        """Go on after the last iteration that ``folder`` holds whole; ``reference`` is not looked at."""
+        checkpoints = {p.name[6:-14]: p for p in Path(folder).glob("run_it*_checkpoint.pt")}
+        whole = [n for n in checkpoints if (Path(folder) / f"run_it{n}_optimiser.star").is_file()]
+        if not whole:
+            raise InputError(f"{folder}: holds no whole iteration of torchem; start a new run with run_name=NEW")
+        refiner = cls.__new__(cls)
+        refiner._set_up(options, particles, mask, folder, world, simulated)
+        refiner.state = load_checkpoint(checkpoints[max(whole, key=int)], refiner.device)
+        refiner.grid = Grid(refiner.state.sampling, refiner.device)
+        return refiner
+
+    def __iter__(self) -> Iterator[Iteration]:
+        while not self.state.converged and self.state.iteration < self.options.max_iterations:
+            yield self.step()
+
+    def step(self) -> Iteration:
+        """One iteration: schedule, E-step of both halves, M-step, files."""
+        started = time.perf_counter()
+        state, options = self.state, self.options
+        state.iteration += 1
+        cross_correlation = state.iteration == 1 and not options.reference.absolute_greyscale
+
+        # what this iteration does
+        state.converged = schedule.has_converged(state)
+        ini_high = options.reference.ini_high if state.iteration == 1 else None
+        diameter = options.dataset.particle_diameter
+        schedule.image_sizes(state, self.box, self.pixel_size, diameter, ini_high)
+        state.sampling.perturb_again(state.generator)
+        if state.iteration > 1:
+            self._estimate_accuracy()
+            schedule.update_sampling(state, options.sampling.local_healpix_order)
+        self.grid = Grid(state.sampling, self.device)
+        for half in state.halves:
+            if half.pdf_direction.shape[1] != self.grid.n_directions:
+                half.pdf_direction = self._flat_directions(half)
+
+        # where every particle looks, and what each half then is
+        old_euler, old_offsets = state.poses.euler.clone(), state.poses.offset_angst.clone()
+        sums = self._expectation(cross_correlation)
+        self._maximization(sums, cross_correlation)
+        schedule.update_changes(state, old_euler, old_offsets, self.operators.cpu())
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        self._write()
+        first = state.halves[0]
+        shell, resolution = resolution_at(first.fsc[0], FSC_THRESHOLD, self.box, self.pixel_size)
+        return Iteration(
+            number=state.iteration,
+            resolution_angst=resolution if state.converged else state.current_resolution,
+            pmax=first.average_pmax,
+            healpix_order=state.sampling.healpix_order,
+            local=state.local_sigma is not None,
+            current_size=state.current_size,
+            coarse_size=state.coarse_size,
+            acc_rot=state.accuracy_angles,
+            acc_trans=state.accuracy_offsets,
+            change_rot=state.change_angles,
+            change_trans=state.change_offsets,
+            seconds=seconds,
+            converged=state.converged,
+            fsc=first.fsc[0],
+            maps=[self.joined.references[0]] if self.joined else [half.references[0] for half in state.halves],
+        )
+
+    # start
+
+    def _set_up(
+        self, options: RefineOptions, particles: Particles, mask: np.ndarray | None, folder: Path | str | None,
+        world: World | None, simulated: bool,
+    ) -> None:  # fmt: skip
+        options.check()
+        options.check_against(particles)
+        self.options, self.particles = options, particles
+        self.world = world or World(device=_device(options.device))
+        self.device = self.world.device
+        self.dtype = torch.float64 if options.precision == "double" else torch.float32
+        if options.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.optics = particles.optics
+        self.box, self.pixel_size = self.optics[0].box, self.optics[0].pixel_size
+        symmetry = canonical(options.dataset.symmetry or "C1")
+        self.operators = torch.from_numpy(operators(symmetry)).to(self.device)
+        if mask is None:
+            radius = options.dataset.particle_diameter / (2 * self.pixel_size)
+            self.mask = soft_sphere(self.box, radius, MASK_EDGE_PX, dtype=self.dtype, device=self.device)
+        else:
+            self.mask = torch.as_tensor(mask).to(self.device, self.dtype)
+        self.has_own_mask = mask is not None
+        self.group = torch.from_numpy(particles.group)
+        self.optics_group = torch.from_numpy(particles.optics_group)
+        self.ctf_parameters = torch.from_numpy(particles.ctf_parameters) if options.ctf else None
+        # dealt one by one, so that every rank has its share of each half and each micrograph
+        self.mine = torch.arange(self.world.rank, len(particles), self.world.size)
+        largest = max(o.box for o in self.optics)
+        self.plan = make_plan(len(self.mine), largest, self.device, self.dtype)
+        log.info("plan: %s", self.plan)
+        self.images = ParticleImages(particles, self.dtype, self.device, self.plan.keep_images)
+        self.joined: Model | None = None
+        self.unfiltered: list[Tensor] = []
+        self.output = Output(Path(folder), particles, options, simulated) if folder is not None else None
+
+    def _initial_state(self, reference: Tensor) -> State:
+        options, particles, sampling = self.options, self.particles, self.options.sampling
+        generator = torch.Generator().manual_seed(options.seed)
+        n = len(particles)
+        coins = torch.randint(2, (n,), generator=generator)
+        given = particles.random_subset
+        subset = coins if given is None else torch.from_numpy(given) - 1
+        if not (bool((subset == 0).any()) and bool((subset == 1).any())):
+            raise InputError(
+                f"{particles.source}: all {n} particles are in one half; remove the column rlnRandomSubset, "
+                "or take more particles"
+            )
+        grid_sampling = Sampling(
+            symmetry=canonical(options.dataset.symmetry or "C1"),
+            offset_range=sampling.offset_range * self.pixel_size,
+            offset_step=sampling.offset_step * self.pixel_size,
+            healpix_order=sampling.healpix_order, oversampling=sampling.oversampling, perturb=sampling.perturb,
+        )  # fmt: skip
+        self.grid = Grid(grid_sampling, self.device)
+        reference = self._low_pass(reference.to(self.device, self.dtype))
+        noise = [
+            estimate_noise(
+                self.images, np.flatnonzero(particles.optics_group == g), optics,
+                options.dataset.particle_diameter if options.zero_mask else None, torch.from_numpy(particles.origin_angst),
+            )
+            for g, optics in enumerate(self.optics)
+        ]  # fmt: skip
+        halves = [
+            Model.initial(reference[None], [s.clone() for s in noise], self.grid.n_directions,
+                          len(particles.group_names))
+            for _ in range(2)
+        ]  # fmt: skip
+        poses = Poses.initial(*(
+            torch.from_numpy(a) for a in (particles.euler, particles.origin_angst, particles.norm_correction)
+        ))  # fmt: skip
+        return State(
+            halves=halves, sampling=grid_sampling, poses=poses, subset=subset, generator=generator,
+            orientability=torch.zeros(self.box // 2 + 1, dtype=torch.float64, device=self.device),
+            local_sigma=(sampling.sigma_ang or grid_sampling.angular_step) if sampling.start_from_poses else None,
+        )  # fmt: skip
+
+    def _low_pass(self, map_: Tensor) -> Tensor:
+        curve = raised_cosine_lowpass(
+            self.box, self.pixel_size, self.options.reference.ini_high, dtype=self.dtype, device=self.device
+        )
+        return inverse_half_transform(half_transform(map_, 3) * curve, self.box, 3)
+
+    @staticmethod
+    def _flat(value: Tensor, n: int) -> Tensor:
+        return value[:, None].expand(-1, n) / n
+
+    def _flat_directions(self, half: Model) -> Tensor:
+        return self._flat(half.pdf_class, self.grid.n_directions).clone()
+
+    # expectation
+
+    def _expectation(self, cross_correlation: bool) -> list[Sums]:
+        """The sums of both halves over all particles of all ranks; sets the poses."""
+        state = self.state
+        settings = ExpectationSettings(
+            current_size=state.current_size, coarse_size=state.coarse_size,
+            adaptive_fraction=self.options.sampling.adaptive_fraction, cross_correlation=cross_correlation,
+            local_sigma=state.local_sigma, padding=PADDING, chunk_elements=self.plan.chunk_elements,
+        )  # fmt: skip
+        found = _zero_poses(len(self.particles))
+        done = torch.zeros(len(self.particles))
+        sums = []
+        for number, half in enumerate(state.halves):
+            expectation = Expectation(half, self.grid, settings, self.operators)
+            for group, optics in enumerate(self.optics):
+                geometry = ImageGeometry.of(
+                    optics, state.current_size, self.box, self.pixel_size, self.dtype, self.device
+                )
+                members = self.mine[(state.subset[self.mine] == number) & (self.optics_group[self.mine] == group)]
+                for indices in members.split(self.plan.batch_particles):
+                    self._batch(expectation, half, group, geometry, indices, found, done)
+            for tensor in expectation.sums.tensors():
+                self.world.sum_(tensor)
+            sums.append(expectation.sums)
+        for tensor in (*vars(found).values(), done):
+            self.world.sum_(tensor)
+        # an unusable particle keeps what it had
+        for name, values in vars(found).items():
+            kept = getattr(state.poses, name)
+            new = (done > 0).reshape(-1, *([1] * (values.ndim - 1)))
+            setattr(state.poses, name, torch.where(new, values, kept))
+        return sums
+
+    def _batch(
+        self, expectation: Expectation, half: Model, group: int, geometry: ImageGeometry, indices: Tensor,
+        found: Poses, done: Tensor,
+    ) -> None:  # fmt: skip
+        """Run the E-step on one batch and note what was found for its particles."""
+        options, poses = self.options, self.state.poses
+        images, indices = self.images.read(indices)
+        if not len(indices):
+            return
+        norm = poses.norm_correction[indices].to(self.device)
+        batch = prepare_images(
+            images, indices.to(self.device), geometry,
+            None if self.ctf_parameters is None else self.ctf_parameters[indices].to(self.device),
+            half.norm_average / norm if options.norm else torch.ones_like(norm),
+            poses.offset_angst[indices].to(self.device), options.dataset.particle_diameter,
+            None if options.zero_mask else half.sigma2_noise[group], options.seed + self.state.iteration,
+        )  # fmt: skip
+        result = expectation(
+            batch, group, self.group[indices].to(self.device), norm, poses.euler[indices].to(self.device)
+        )
+        found.euler[indices] = torch.stack(euler_angles(result.euler_matrix), 1).cpu()
+        found.offset_angst[indices] = result.offset_angst.cpu()
+        found.class_number[indices] = result.class_number.cpu()
+        found.norm_correction[indices] = (result.norm_correction if options.norm else norm).cpu()
+        found.pmax[indices] = result.pmax.cpu()
+        found.significant[indices] = result.significant.cpu()
+        found.log_likelihood[indices] = result.log_likelihood.cpu()
+        done[indices] = 1
+
+    # maximization
+
+    def _maximization(self, sums: list[Sums], cross_correlation: bool) -> None:
+        """New maps, spectra and parameters of both halves; in the last iteration also their joined map."""
+        state, options = self.state, self.options
+        fudge, join = options.tau2_fudge, options.sampling.low_resol_join_halves
+        halves = [Backprojection.of(s.data[0], s.weight[0], self.operators, PADDING, self.box) for s in sums]
+        if state.converged:
+            self.unfiltered = [half.reconstruct() for half in halves]
+        if join > 0:
+            known = options.reference.ini_high if state.iteration == 1 else state.current_resolution
+            join_low_resolution(*halves, self.box * self.pixel_size / max(join, known))
+        fsc = self._fsc(halves)
+        schedule.size_after_fsc(state, fsc)
+        for half, sum_, model in zip(halves, sums, state.halves, strict=True):
+            self._new_map(model, half, fsc, fudge, joined=False)
+            update_parameters(
+                model, sum_, [self.images.shell_counts(o) for o in self.optics],
+                norm=options.norm, scale=options.scale, cross_correlation=cross_correlation,
+            )  # fmt: skip
+        # RELION reports one figure for both halves
+        state.halves[1].average_pmax = state.halves[0].average_pmax
+        if state.converged:
+            self.joined = Model(**vars(state.halves[0]))
+            self._new_map(self.joined, halves[0] + halves[1], fsc, fudge, joined=True)
+        spectra = self.joined or state.halves[0]
+        if cross_correlation:
+            self._filter_again()
+            shell = schedule.round_half_away(self.box * self.pixel_size / options.reference.ini_high)
+        else:
+            shell = schedule.resolution_shell(spectra.data_vs_prior)
+        schedule.update_resolution(state, shell, self.box, self.pixel_size)
+        if not state.converged:
+            for model in state.halves:
+                model.references = model.references * self.mask
+        for model in (*state.halves, *([self.joined] if self.joined else [])):
+            self.world.broadcast_(model.references)
+
+    def _fsc(self, halves: list[Backprojection]) -> Tensor:
+        """Gold-standard FSC, corrected for the mask where that is asked for."""
+        if not self.options.solvent_correct_fsc or not self.has_own_mask:
+            return fourier_shell_correlation_of_sums(*halves)
+        generator = torch.Generator(device=self.device).manual_seed(self.options.seed + self.state.iteration)
+        maps = [half.reconstruct() for half in halves]
+        fsc, *_ = phase_randomised_fsc(*maps, self.mask, generator)
+        fsc = fsc.double()
+        fsc[self.state.current_size // 2 + 1 :] = 0
+        return fsc
+
+    def _new_map(self, model: Model, half: Backprojection, fsc: Tensor, fudge: float, joined: bool) -> None:
+        sigma2 = half.noise_power()
+        ratio, tau2 = prior_from_fsc(fsc, sigma2, fudge, joined)
+        coverage, _ = half.coverage(tau2, fudge)
+        model.fsc, model.sigma2, model.tau2 = fsc[None].clone(), sigma2[None], tau2[None]
+        model.data_vs_prior, model.fourier_coverage = ratio[None], coverage[None]
+        model.references = half.reconstruct(tau2, fudge)[None]
+
+    def _filter_again(self) -> None:
+        """After the first, cross-correlation iteration the maps are trusted no further than the reference was."""
+        curve = raised_cosine_lowpass(
+            self.box, self.pixel_size, self.options.reference.ini_high, dtype=torch.float64, device=self.device
+        )[0, 0]
+        for model in self.state.halves:
+            model.references = self._low_pass(model.references[0])[None]
+            model.tau2 = model.tau2 * curve**2
+            model.data_vs_prior = model.data_vs_prior * curve**2
+
+    # schedule and files
+
+    def _estimate_accuracy(self) -> None:
+        """How well the data can tell poses apart, from 100 particles of the first half (all ranks alike)."""
+        state = self.state
+        first = torch.nonzero((state.subset == 0) & (self.optics_group == self.optics_group[state.subset == 0][0]))[:, 0]
+        chosen = first[torch.randperm(len(first), generator=state.generator)[: schedule.ACCURACY_PARTICLES]]
+        group = int(self.optics_group[chosen[0]])
+        geometry = ImageGeometry.of(
+            self.optics[group], state.current_size, self.box, self.pixel_size, self.dtype, self.device
+        )
+        box = self.optics[group].box
+        batch = prepare_images(
+            torch.zeros((len(chosen), box, box), dtype=self.dtype, device=self.device), chosen.to(self.device), geometry,
+            None if self.ctf_parameters is None else self.ctf_parameters[chosen].to(self.device),
+            torch.ones(len(chosen), device=self.device),
+            torch.zeros((len(chosen), 2), dtype=torch.float64, device=self.device),
+            self.options.dataset.particle_diameter, None, 0,
+        )  # fmt: skip
+        sigma2 = state.halves[0].sigma2_noise[group]
+        shell = geometry.pixels.shell[: geometry.n_pixels]
+        state.accuracy_angles, state.accuracy_offsets, state.orientability = schedule.estimate_accuracy(
+            state.halves[0], batch, (1 / sigma2)[shell].to(self.dtype), state.poses.euler[chosen].to(self.device),
+            state.poses.class_number[chosen].to(self.device), state.current_size // 2, PADDING, state.generator,
+        )  # fmt: skip
+
+    def _write(self) -> None:
+        if self.output is None or self.world.rank != 0:
+            return
+        if self.joined is not None:
+            self.output.write_final(self.state, self.grid, self.joined, self.unfiltered)
+        else:
+            self.output.write_iteration(self.state, self.grid)
+
+
+def _zero_poses(n: int) -> Poses:
+    zeros = torch.zeros(n, dtype=torch.float64)
+    return Poses.initial(torch.zeros((n, 3), dtype=torch.float64), torch.zeros((n, 2), dtype=torch.float64), zeros)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda: no CUDA device is here; use device=cpu or device=auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
