@@ -115,7 +115,7 @@ def _read_cubic(path: Path, option: str) -> tuple[np.ndarray, float]:
 
 def _density(path: Path, box: int, pixel_size: float) -> np.ndarray:
     from torchem.data.atoms import read_atoms
-    from torchem.imaging.simulation import density
+    from torchem.imaging.density import density
 
     xyz, weights = read_atoms(path)
     centred = xyz - (weights[:, None] * xyz).sum(0) / weights.sum()
@@ -125,4 +125,4 @@ def _density(path: Path, box: int, pixel_size: float) -> np.ndarray:
             f"reference.map={path}: atoms up to {reach:.0f} Å from the centre, and the particles' box ends at "
             f"{box // 2 * pixel_size:.0f} Å; give the model of the particle alone, or particles in a larger box"
         )
-    return density(xyz, weights, box, pixel_size, resolution=3 * pixel_size, centre="mass").numpy().astype(np.float32)
+    return density(centred, weights, box, pixel_size, resolution=3 * pixel_size, centre="keep").numpy()

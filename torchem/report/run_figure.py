@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+# resolutions (Å) that an axis may name
+_ROUND = (400, 200, 100, 80, 60, 50, 40, 30, 25, 20, 15, 12, 10, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.5, 2.2, 2, 1.8, 1.5, 1.2, 1)
+
 
 def run_figure(folder: Path, title: str, simulated: bool = False) -> Path:
     """Draw a run from the files in its folder: the joined result, or the last iteration's first half.
@@ -75,8 +78,11 @@ def _fsc(axis: Axes, shells: pd.DataFrame) -> None:
     axis.axhline(0, color="0.8", linewidth=0.8)
     axis.plot(frequency, fsc, color="C0")
     axis.text(frequency[-1], 0.143, "0.143", ha="right", va="bottom", color="0.4", size=8)
-    ticks = [tick for tick in axis.get_xticks() if 0 < tick <= frequency[-1]]
-    axis.set_xticks(ticks, [f"1/{1 / tick:.3g}" for tick in ticks])
+    ticks: list[float] = []
+    for angst in _ROUND:
+        if 1 / angst <= frequency[-1] and 1 / angst - (ticks[-1] if ticks else 0) > frequency[-1] / 7:
+            ticks.append(1 / angst)
+    axis.set_xticks(ticks, [f"1/{1 / tick:g}" for tick in ticks])
     axis.set(
         title="gold-standard FSC, no mask", xlabel="resolution (1/Å)", ylabel="FSC",
         xlim=(0, frequency[-1]), ylim=(min(-0.1, fsc.min()), 1.02),

@@ -1,0 +1,206 @@
+"""The command: which data it takes, and what it does about a run folder."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import torchem
+from torchem.em.options import DatasetOptions, ReferenceOptions, RefineOptions, StandIn
+from torchem.errors import InputError
+from torchem.refine import Job, _left, complete, finished, make_stand_in, plan
+from torchem.runtime.progress import Progress
+from torchem.runtime.run_folder import inspect, write_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = Path("outputs/particles/run")
+
+
+@pytest.fixture
+def options(small_set: Callable) -> RefineOptions:
+    small_set()
+    return RefineOptions(
+        dataset=DatasetOptions(star="particles.star", particle_diameter=50.0),
+        reference=ReferenceOptions(map="reference.mrc", ini_high=30.0),
+        max_iterations=2,
+    )
+
+
+def begin(options: RefineOptions, iterations: int, folder: Path = RUN) -> None:
+    """Leave the traces of a run that was stopped after some iterations."""
+    folder.mkdir(parents=True)
+    write_settings(folder, asdict(plan(options, folder).options))
+    for iteration in range(iterations + 1):
+        (folder / f"run_it{iteration:03d}_optimiser.star").touch()
+
+
+def test_public_names_are_loaded_when_asked_for() -> None:
+    check = "import sys, torchem; assert 'torch' not in sys.modules; assert torchem.InputError.__name__ == 'InputError'"
+    subprocess.run([sys.executable, "-c", check], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert torchem.RefineOptions is RefineOptions
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        torchem.nothing  # noqa: B018
+
+
+def test_own_data(options: RefineOptions) -> None:
+    completed, simulated = complete(options)
+    assert not simulated
+    assert (completed.dataset.name, completed.dataset.symmetry) == ("particles", "C1")
+    assert completed.dataset.star == "particles.star"
+    assert complete(completed) == (completed, False)
+
+
+def test_demo_where_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    completed, simulated = complete(RefineOptions())
+    assert simulated
+    assert completed.dataset.star == "outputs/datasets/demo/particles.star"
+    assert completed.reference.map == "outputs/datasets/demo/reference.mrc"
+    assert completed.dataset.symmetry == "D2" and completed.dataset.stand_in == StandIn()
+    assert complete(RefineOptions(dataset=DatasetOptions(symmetry="C2")))[0].dataset.symmetry == "C2"
+
+
+def test_stand_in_until_the_data_are_here(options: RefineOptions, caplog: pytest.LogCaptureFixture) -> None:
+    stand_in = StandIn(n_particles=7)
+    dataset = DatasetOptions("x", "data/x.star", particle_diameter=50.0, symmetry="D2", stand_in=stand_in)
+    given = replace(options, dataset=dataset)
+    completed, simulated = complete(given)
+    assert simulated
+    assert completed.dataset.star == "outputs/datasets/x/particles.star"
+    # a reference that is given is used for the stand-in too
+    assert completed.reference.map == "reference.mrc"
+    assert [record.getMessage().count("SIMULATED stand-in of 7 particles") for record in caplog.records] == [1]
+    caplog.clear()
+    assert complete(completed) == (completed, True)
+    assert not caplog.records
+    Path("data").mkdir()
+    Path("data/x.star").touch()
+    assert complete(given) == (given, False)
+
+
+def test_stand_in_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stand_in = StandIn(n_particles=4, box=24, pixel_size=10.0)
+    dataset = DatasetOptions("x", "outputs/datasets/x/particles.star", symmetry="D2", stand_in=stand_in)
+    make_stand_in(dataset, Progress())
+    files = {path: path.stat().st_mtime_ns for path in Path("outputs/datasets/x").iterdir()}
+    assert {"particles.mrcs", "particles.star", "reference.mrc"} <= {path.name for path in files}
+    make_stand_in(dataset, Progress())
+    assert {path: path.stat().st_mtime_ns for path in Path("outputs/datasets/x").iterdir()} == files
+    with pytest.raises(InputError, match=r"(?s)dataset.name=NEW.*n_particles: 4 -> 5"):
+        make_stand_in(replace(dataset, stand_in=replace(stand_in, n_particles=5)), Progress())
+
+
+def test_new_run(options: RefineOptions) -> None:
+    job = plan(options, RUN)
+    assert job.state.iteration is None and not finished(job)
+
+
+def test_run_that_did_not_get_through_an_iteration_is_begun_again(options: RefineOptions) -> None:
+    RUN.mkdir(parents=True)
+    write_settings(RUN, asdict(plan(options, RUN).options))
+    assert not plan(replace(options, seed=5), RUN).state.used
+
+
+def test_same_command_goes_on(options: RefineOptions) -> None:
+    begin(options, 1)
+    job = plan(options, RUN)
+    assert job.state.iteration == 1 and not finished(job)
+
+
+def test_finished(options: RefineOptions) -> None:
+    begin(options, 1)
+    (RUN / "run_optimiser.star").touch()
+    assert finished(plan(options, RUN))
+
+
+def test_as_many_iterations_as_asked_for(options: RefineOptions) -> None:
+    begin(options, 2)
+    assert finished(plan(options, RUN))
+
+
+def test_changed_settings_are_listed(options: RefineOptions) -> None:
+    begin(options, 1)
+    changed = replace(options, seed=5, sampling=replace(options.sampling, healpix_order=3), device="cpu")
+    with pytest.raises(InputError) as error:
+        plan(changed, RUN)
+    message = str(error.value)
+    assert "run_name=NEW" in message and "resume=never" in message
+    assert message.endswith("Changed:\n  sampling.healpix_order: 2 -> 3\n  seed: 1 -> 5")
+
+
+def test_device_and_processes_do_not_count(options: RefineOptions) -> None:
+    begin(options, 1)
+    other = replace(options, device="cpu", distributed=replace(options.distributed, backend="gloo"))
+    assert plan(other, RUN).state.iteration == 1
+
+
+def test_data_that_came_after_the_stand_in_are_another_run(options: RefineOptions) -> None:
+    dataset = DatasetOptions("x", "data/x.star", particle_diameter=50.0, symmetry="D2", stand_in=StandIn())
+    given = replace(options, dataset=dataset)
+    begin(given, 1)
+    Path("data").mkdir()
+    Path("data/x.star").touch()
+    with pytest.raises(InputError, match=r"dataset\.star: outputs/datasets/x/particles\.star -> data/x\.star"):
+        plan(given, RUN)
+
+
+def test_never_moves_the_run_aside(options: RefineOptions) -> None:
+    begin(options, 2)
+    job = plan(replace(options, resume="never", seed=5), RUN)
+    assert not job.state.used and not finished(job)
+    assert inspect(RUN.with_name("run.1")).iteration == 2
+
+
+def test_never_takes_an_unused_folder_as_it_is(options: RefineOptions) -> None:
+    RUN.mkdir(parents=True)
+    plan(replace(options, resume="never"), RUN)
+    assert RUN.is_dir() and not RUN.with_name("run.1").exists()
+
+
+def test_resume_of_a_folder_takes_its_settings(options: RefineOptions) -> None:
+    elsewhere = Path("some/where")
+    begin(replace(options, seed=5), 1, elsewhere)
+    job = plan(RefineOptions(resume=str(elsewhere), device="cpu"), RUN)
+    assert job.state.folder == elsewhere and job.state.iteration == 1
+    assert job.options.seed == 5 and job.options.dataset.star == "particles.star" and job.options.device == "cpu"
+    with pytest.raises(InputError, match="seed: 5 -> 6"):
+        plan(RefineOptions(resume=str(elsewhere), seed=6), RUN)
+    # with the data set named as well
+    assert plan(replace(options, resume=str(elsewhere)), RUN).state.iteration == 1
+
+
+def test_resume_of_a_folder_without_a_run(options: RefineOptions) -> None:
+    with pytest.raises(InputError, match="resume=nowhere: no run is there"):
+        plan(replace(options, resume="nowhere"), RUN)
+
+
+def test_folder_with_a_run_of_another_program(options: RefineOptions) -> None:
+    RUN.mkdir(parents=True)
+    (RUN / "run_it003_optimiser.star").touch()
+    with pytest.raises(InputError, match="run_name=NEW"):
+        plan(options, RUN)
+
+
+def test_time_left_shrinks_with_finer_sampling() -> None:
+    def left(order: int, accuracy: float, converged: bool = False) -> str:
+        iteration = SimpleNamespace(number=3, healpix_order=order, acc_rot=accuracy, seconds=10.0, converged=converged)
+        return _left(iteration, RefineOptions())
+
+    # fine steps 7.5°, 3.75°, 1.875°, … until below 0.75 × 2°
+    assert left(2, 2.0) == ", about 1 min 30 s left"
+    assert left(4, 2.0) == ", about 50.0 s left"
+    assert left(6, 2.0) == ", about 30.0 s left"
+    assert left(2, 999.0) == ", about 1 min 10 s left"
+    assert left(6, 2.0, converged=True) == ""
+
+
+def test_job_of_a_stand_in_says_so(options: RefineOptions) -> None:
+    dataset = DatasetOptions("x", "data/x.star", particle_diameter=50.0, stand_in=StandIn())
+    job = plan(replace(options, dataset=dataset), RUN)
+    assert isinstance(job, Job) and job.simulated
