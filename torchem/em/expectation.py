@@ -101,6 +101,13 @@ class Samples:
     log_prior: Tensor  # (b,)
     significant: Tensor  # (n,) number of significant samples
 
+    def __getitem__(self, part: slice) -> "Samples":
+        """The samples of a range of particles, renumbered from 0."""
+        inside = (self.particle >= part.start) & (self.particle < part.stop)
+        return Samples(
+            self.particle[inside] - part.start, self.column[inside], self.log_prior[inside], self.significant[part]
+        )
+
 
 @dataclass
 class BatchResult:
@@ -163,10 +170,29 @@ class Expectation:
         inverse_sigma2 = self._inverse_sigma2(batch, optics_group)
         scale = self.model.scale[group].to(self.dtype)[:, None]
         samples = self._coarse_pass(batch, inverse_sigma2, scale, last_euler)
-        weights, log_total = self._fine_pass(batch, inverse_sigma2, scale, samples)
-        return self._accumulate(
-            batch, optics_group, group, norm_correction, inverse_sigma2, scale, samples, weights, log_total
+        results = []
+        for part in self._parts(samples):
+            some, mine = batch[part], samples[part]
+            weights, log_total = self._fine_pass(some, inverse_sigma2, scale[part], mine)
+            results.append(self._accumulate(
+                some, optics_group, group[part], norm_correction[part], inverse_sigma2, scale[part], mine, weights,
+                log_total,
+            ))  # fmt: skip
+        return BatchResult(
+            *(torch.cat(values) for values in zip(*(vars(r).values() for r in results), strict=True))
         )
+
+    def _parts(self, samples: Samples) -> Iterator[slice]:
+        """Ranges of particles whose fine weights fit a chunk."""
+        block = self.grid.orientation_children * self.grid.translation_children
+        most = max(1, self.settings.chunk_elements // block)
+        ends = torch.cumsum(samples.significant, 0).tolist()
+        start, base = 0, 0
+        for position, end in enumerate(ends):
+            if end - base > most and position > start:
+                yield slice(start, position)
+                start, base = position, ends[position - 1]
+        yield slice(start, len(ends))
 
     # scores
 

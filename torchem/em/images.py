@@ -110,6 +110,10 @@ class ImageBatch:
     def __len__(self) -> int:
         return len(self.particles)
 
+    def __getitem__(self, part: slice) -> "ImageBatch":
+        """A range of the particles."""
+        return ImageBatch(self.geometry, *(value[part] for name, value in vars(self).items() if name != "geometry"))
+
 
 def prepare_images(
     images: Tensor,
@@ -263,11 +267,6 @@ class ParticleImages:
         if not bool(usable.all()):
             images = images[usable.to(self._device)]
         return images, indices[usable]
-
-    @staticmethod
-    def shell_counts(optics: Optics) -> Tensor:
-        """Pixels in each whole shell of a group's transform, on the CPU."""
-        return FourierPixels.of(optics.box).shell_counts()
 
 
 def estimate_noise(

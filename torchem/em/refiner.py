@@ -33,7 +33,7 @@ from torchem.em.output import Output, load_checkpoint
 from torchem.em.plan import make_plan
 from torchem.em.sampling import Grid, Sampling
 from torchem.errors import InputError
-from torchem.imaging.fourier import half_transform, inverse_half_transform
+from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform
 from torchem.imaging.masks import soft_sphere
 from torchem.imaging.resolution import phase_randomised_fsc, raised_cosine_lowpass, resolution_at
 from torchem.imaging.symmetry import canonical, euler_angles, operators
@@ -192,9 +192,9 @@ class Refiner:
         else:
             self.mask = torch.as_tensor(mask).to(self.device, self.dtype)
         self.has_own_mask = mask is not None
-        self.group = torch.from_numpy(particles.group)
-        self.optics_group = torch.from_numpy(particles.optics_group)
-        self.ctf_parameters = torch.from_numpy(particles.ctf_parameters) if options.ctf else None
+        self.group = torch.tensor(particles.group)
+        self.optics_group = torch.tensor(particles.optics_group)
+        self.ctf_parameters = torch.tensor(particles.ctf_parameters) if options.ctf else None
         # dealt one by one, so that every rank has its share of each half and each micrograph
         self.mine = torch.arange(self.world.rank, len(particles), self.world.size)
         largest = max(o.box for o in self.optics)
@@ -211,7 +211,7 @@ class Refiner:
         n = len(particles)
         coins = torch.randint(2, (n,), generator=generator)
         given = particles.random_subset
-        subset = coins if given is None else torch.from_numpy(given) - 1
+        subset = coins if given is None else torch.tensor(given) - 1
         if not (bool((subset == 0).any()) and bool((subset == 1).any())):
             raise InputError(
                 f"{particles.source}: all {n} particles are in one half; remove the column rlnRandomSubset, "
@@ -228,7 +228,7 @@ class Refiner:
         noise = [
             estimate_noise(
                 self.images, np.flatnonzero(particles.optics_group == g), optics,
-                options.dataset.particle_diameter if options.zero_mask else None, torch.from_numpy(particles.origin_angst),
+                options.dataset.particle_diameter if options.zero_mask else None, torch.tensor(particles.origin_angst),
             )
             for g, optics in enumerate(self.optics)
         ]  # fmt: skip
@@ -238,7 +238,7 @@ class Refiner:
             for _ in range(2)
         ]  # fmt: skip
         poses = Poses.initial(*(
-            torch.from_numpy(a) for a in (particles.euler, particles.origin_angst, particles.norm_correction)
+            torch.tensor(a) for a in (particles.euler, particles.origin_angst, particles.norm_correction)
         ))  # fmt: skip
         return State(
             halves=halves, sampling=grid_sampling, poses=poses, subset=subset, generator=generator,
@@ -339,7 +339,7 @@ class Refiner:
         for half, sum_, model in zip(halves, sums, state.halves, strict=True):
             self._new_map(model, half, fsc, fudge, joined=False)
             update_parameters(
-                model, sum_, [self.images.shell_counts(o) for o in self.optics],
+                model, sum_, [FourierPixels.of(o.box, self.device).shell_counts() for o in self.optics],
                 norm=options.norm, scale=options.scale, cross_correlation=cross_correlation,
             )  # fmt: skip
         # RELION reports one figure for both halves

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
+warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
 
 
 def block_sparse(rows: Tensor, columns: Tensor, values: Tensor, n_rows: int, n_columns: int) -> Tensor:

@@ -48,15 +48,20 @@ def significant_samples(
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it must be in (0, 1]")
-    order = torch.argsort(log_weights, descending=True, stable=True)
-    order = order[torch.argsort(rows[order], stable=True)]
-    sorted_rows = rows[order]
-    weights = (log_weights[order].double() - log_totals[sorted_rows]).exp()
-    before = torch.cumsum(weights, 0) - weights
+    # below this, all samples of a row together cannot reach the threshold: only the others are sorted
     counts = torch.bincount(rows, minlength=len(log_totals))
+    floor = log_totals + torch.log((1 - fraction) * 1e-3 / counts.clamp(min=1))
+    candidates = torch.nonzero(log_weights >= floor[rows])[:, 0]
+    kept_rows, values = rows[candidates], log_weights[candidates]
+    order = torch.argsort(values, descending=True, stable=True)
+    order = order[torch.argsort(kept_rows[order], stable=True)]
+    sorted_rows, sorted_values = kept_rows[order], values[order]
+    weights = (sorted_values.double() - log_totals[sorted_rows]).exp()
+    before = torch.cumsum(weights, 0) - weights
+    counts = torch.bincount(kept_rows, minlength=len(log_totals))
     first = torch.cumsum(counts, 0) - counts
     before = before - before[first[sorted_rows]]
-    taken = torch.where(before <= fraction, log_weights[order], torch.inf)
+    taken = torch.where(before <= fraction, sorted_values, torch.inf)
     threshold = torch.full((len(log_totals),), torch.inf, dtype=log_weights.dtype, device=log_weights.device)
     threshold.scatter_reduce_(0, sorted_rows, taken, "amin")
     return log_weights >= threshold[rows]
