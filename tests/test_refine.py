@@ -204,3 +204,80 @@ def test_job_of_a_stand_in_says_so(options: RefineOptions) -> None:
     dataset = DatasetOptions("x", "data/x.star", particle_diameter=50.0, stand_in=StandIn())
     job = plan(replace(options, dataset=dataset), RUN)
     assert isinstance(job, Job) and job.simulated
+
+
+def run(*arguments: str, prefix: tuple[str, ...] = ("-m",)) -> subprocess.CompletedProcess:
+    """The command as a user gives it, with its own small data set."""
+    given = (
+        "dataset.star=particles.star", "dataset.particle_diameter=50", "reference.map=reference.mrc",
+        "reference.ini_high=30", "sampling.healpix_order=0", "device=cpu",
+    )  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *prefix, "torchem.refine", *given, *arguments],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def test_from_particles_to_a_picture_and_again(small_set: Callable) -> None:
+    small_set()
+    done = run("max_iterations=1")
+    assert done.returncode == 0, done.stderr
+    lines = [line[9:] for line in done.stdout.splitlines()]
+    assert lines[0] == f"refining 12 particles in {RUN}"
+    assert any(line.startswith("iteration 1: ") and "Pmax" in line and line.endswith(" left") for line in lines)
+    assert lines[-1].startswith("stopped at max_iterations before convergence at ")
+    assert f"map: {RUN}/run_it001_half1_class001.mrc, picture: {RUN}/run.png" in lines[-1]
+    before = contents(RUN)
+    assert {"config.yaml", "run.png", "run_it001_optimiser.star"} <= before.keys()
+
+    # a finished run says its result again, and nothing else
+    again = run("max_iterations=1")
+    assert again.returncode == 0 and [line[9:] for line in again.stdout.splitlines()] == lines[-1:]
+    assert contents(RUN) == before
+
+    changed = run("max_iterations=1", "seed=3")
+    assert changed.returncode == 1 and "seed: 1 -> 3" in changed.stderr and "run_name=NEW" in changed.stderr
+    assert contents(RUN) == before
+
+    aside = run("max_iterations=1", "seed=3", "resume=never")
+    assert aside.returncode == 0, aside.stderr
+    assert contents(RUN.with_name("run.1")) == before
+    assert contents(RUN)["config.yaml"] != before["config.yaml"]
+
+
+def test_interrupted_run_goes_on_to_the_same_files(small_set: Callable, tmp_path: Path) -> None:
+    small_set()
+    assert run("max_iterations=2").returncode == 0
+    whole = contents(RUN)
+    # as kill -9 while the second iteration is written would leave it
+    for path in RUN.glob("run*"):
+        if "it002" in path.name or path.suffix == ".png":
+            path.unlink()
+    (RUN / "run_it002_half1_class001.mrc").write_bytes(b"half a map")
+    resumed = run("max_iterations=2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on after iteration 1 in {RUN}" in resumed.stdout
+    assert contents(RUN) == whole
+
+
+def test_two_processes_are_one_run(small_set: Callable) -> None:
+    small_set()
+    done = run("max_iterations=1", prefix=("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("iteration 1: ") == 1
+    assert sorted(path.name for path in RUN.parent.iterdir()) == ["run"]
+    refused = run("symmetry=C1", prefix=("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"))
+    assert refused.returncode != 0 and "no option symmetry; did you mean dataset.symmetry?" in refused.stderr
+
+
+def test_sweep(small_set: Callable) -> None:
+    small_set()
+    done = run("max_iterations=1", "seed=1,2", "-m")
+    assert done.returncode == 0, done.stderr
+    folders = sorted(path.name for path in Path("outputs/particles/run_sweep").iterdir() if path.is_dir())
+    assert len(folders) == 2 and folders[0].endswith("seed=1") and folders[1].endswith("seed=2")

@@ -88,6 +88,9 @@ def main() -> None:
     with _telling():
         check_option_names(sys.argv[1:])
         _command()
+        from torchem.runtime import distributed
+
+        distributed.stop()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://torchem.configs", config_name="refine")
@@ -98,6 +101,8 @@ def _command(config: DictConfig) -> None:
 
         options = to_options(OmegaConf.to_container(config, resolve=True))
         folder = Path(HydraConfig.get().runtime.output_dir)
+        # RELION's files name each other as seen from the project's folder
+        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         world = distributed.start(options.distributed.backend, options.device)
         with Progress(speaking=world.rank == 0) as progress:
             refine(options, folder, world, progress)
@@ -423,8 +428,10 @@ def _reached(state: RunState) -> str:
     below = (shells["rlnGoldStandardFsc"].to_numpy(float) < 0.143).nonzero()[0]
     last = max(1, below[0] - 1 if len(below) else len(shells) - 1)
     angst = shells["rlnAngstromResolution"].to_numpy(float)[last]
+    optimiser = "run" if state.finished else f"run_it{state.iteration:03d}"
+    iteration = read_star(state.folder / f"{optimiser}_optimiser.star")["optimiser_general"]["rlnCurrentIteration"]
     how = "converged" if state.finished else "stopped at max_iterations before convergence"
-    return f"{how} at {angst:.2f} Å (gold-standard FSC 0.143, no mask) after iteration {state.iteration}"
+    return f"{how} at {angst:.2f} Å (gold-standard FSC 0.143, no mask) after iteration {iteration}"
 
 
 if __name__ == "__main__":
