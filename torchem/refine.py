@@ -13,25 +13,19 @@ unit and default: torchem/em/options.py, or ``--cfg job``.
 
 from __future__ import annotations
 
-import difflib
-import errno
 import logging
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from torchem.commands import check_option_names, telling, to_options
 from torchem.em.options import DatasetOptions, RefineOptions, StandIn
 from torchem.errors import InputError
 from torchem.runtime import run_folder
@@ -49,9 +43,6 @@ log = logging.getLogger("torchem.refine")
 
 # simulated data sets, relative to the folder where the command is given
 STAND_INS = Path("outputs/datasets")
-
-# what a disk or a folder may refuse, before and during a run
-_DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True)
@@ -83,23 +74,23 @@ OmegaConf.register_new_resolver("dataset_name", dataset_name, replace=True)
 
 def main() -> None:
     """Run the command; whatever the user can mend is told on one screen, without a traceback."""
-    # Hydra then lets errors through as they are, to be told here
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    with _telling():
-        check_option_names(sys.argv[1:])
+    with telling(_INTERRUPTED):
+        check_option_names(sys.argv[1:], known_options(), groups=("dataset",))
         _command()
         from torchem.runtime import distributed
 
         distributed.stop()
 
 
+_INTERRUPTED = "the same command again goes on after the last whole iteration"
+
+
 @hydra.main(version_base="1.3", config_path="pkg://torchem.configs", config_name="refine")
 def _command(config: DictConfig) -> None:
-    # within Hydra too, which would say more than the user needs
-    with _telling():
+    with telling(_INTERRUPTED):
         from torchem.runtime import distributed
 
-        options = to_options(OmegaConf.to_container(config, resolve=True))
+        options = to_options(RefineOptions, OmegaConf.to_container(config, resolve=True))
         folder = Path(HydraConfig.get().runtime.output_dir)
         # RELION's files name each other as seen from the project's folder
         folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
@@ -108,63 +99,9 @@ def _command(config: DictConfig) -> None:
             refine(options, folder, world, progress)
 
 
-@contextmanager
-def _telling() -> Iterator[None]:
-    """End the process with a message for everything that the user can mend."""
-    try:
-        yield
-    except InputError as error:
-        _fail("" if error.elsewhere else str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        # Hydra's own message says which option, its cause why
-        cause = str(error.__cause__ or "").partition("\n")[0]
-        _fail(": ".join(text for text in (str(error), cause) if text))
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        _fail(f"{error.filename}: {error.strerror}; free space or rights, or choose another hydra.run.dir=FOLDER")
-    except KeyboardInterrupt:
-        _fail("interrupted: the same command again goes on after the last whole iteration", status=130)
-
-
-def _fail(message: str, status: int = 1) -> NoReturn:
-    if message:
-        print(message, file=sys.stderr)
-    sys.exit(status)
-
-
-def to_options(settings: Any) -> RefineOptions:
-    """Turn nested plain settings into options; unknown keys and values of a wrong type are refused."""
-    # the structured config refuses what +typo=3 had added to Hydra's
-    merged = OmegaConf.merge(OmegaConf.structured(RefineOptions), OmegaConf.create(settings))
-    options = OmegaConf.to_object(merged)
-    assert isinstance(options, RefineOptions)
-    return options
-
-
-def check_option_names(arguments: Sequence[str]) -> None:
-    """Refuse options that do not exist, with the nearest that does; Hydra's own advice would be ``+typo=3``.
-
-    Raises
-    ------
-    InputError
-        Names the option.
-    """
-    known = run_folder.flatten(asdict(RefineOptions(dataset=DatasetOptions(stand_in=StandIn()))))
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        name = key.lstrip("+~")
-        if not equals or key.startswith("-") or name in known or name.partition(".")[0].startswith("hydra"):
-            continue
-        if name == "dataset":
-            if not key.startswith("+"):
-                raise InputError(f"{argument}: write +dataset={value}")
-            continue
-        near = difflib.get_close_matches(name, known, n=1) or [
-            option for option in known if option.rpartition(".")[2] == name.rpartition(".")[2]
-        ]
-        advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"
-        raise InputError(f"{argument}: there is no option {name}; {advice}")
+def known_options() -> list[str]:
+    """Names of all options, nested ones with dots."""
+    return list(run_folder.flatten(asdict(RefineOptions(dataset=DatasetOptions(stand_in=StandIn())))))
 
 
 def refine(options: RefineOptions, folder: Path, world: World, progress: Progress) -> None:
@@ -232,7 +169,7 @@ def _with_settings_of(folder: Path, options: RefineOptions) -> RefineOptions:
     for option, value in run_folder.flatten(asdict(options)).items():
         if value != default.get(option) or run_folder.may_change(option):
             OmegaConf.update(settings, option, value)
-    return to_options(settings)
+    return to_options(RefineOptions, settings)
 
 
 def finished(job: Job) -> bool:
@@ -256,7 +193,7 @@ def complete(options: RefineOptions) -> tuple[RefineOptions, bool]:
             )
         demo = OmegaConf.load(str(resources.files("torchem.configs") / "dataset" / "demo.yaml"))
         own = {key: value for key, value in asdict(dataset).items() if value is not None}
-        described = to_options(OmegaConf.merge(demo, {"dataset": own}))
+        described = to_options(RefineOptions, OmegaConf.merge(demo, {"dataset": own}))
         dataset = described.dataset
     name = dataset_name(dataset.name, dataset.star)
     dataset = replace(dataset, name=name, symmetry=dataset.symmetry or "C1")

@@ -1,0 +1,98 @@
+"""What the commands share: options out of Hydra's hands, and refusals on one screen without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from torchem.errors import InputError
+
+Options = TypeVar("Options")
+
+# what a disk or a folder may refuse, before and during a run
+_DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+
+
+def to_options(schema: type[Options], settings: Any) -> Options:
+    """Make the dataclass `schema` of nested plain settings; unknown keys and values of a wrong type are refused."""
+    # the structured config refuses what +typo=3 had added to Hydra's
+    options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(settings)))
+    assert isinstance(options, schema)
+    return options
+
+
+def check_option_names(arguments: Sequence[str], known: Collection[str], groups: Collection[str] = ()) -> None:
+    """Refuse options that do not exist, with the nearest that does; Hydra's own advice would be ``+typo=3``.
+
+    Parameters
+    ----------
+    arguments
+        The command line.
+    known
+        Names like ``sampling.offset_step``.
+    groups
+        Configuration groups, chosen by ``+group=name``.
+
+    Raises
+    ------
+    InputError
+        Names the option.
+    """
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        name = key.lstrip("+~")
+        if not equals or key.startswith("-") or name in known or name.partition(".")[0].startswith("hydra"):
+            continue
+        if name in groups:
+            if not key.startswith("+"):
+                raise InputError(f"{argument}: write +{name}={value}")
+            continue
+        near = difflib.get_close_matches(name, known, n=1) or [
+            option for option in known if option.rpartition(".")[2] == name.rpartition(".")[2]
+        ]
+        advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"
+        raise InputError(f"{argument}: there is no option {name}; {advice}")
+
+
+@contextmanager
+def telling(interrupted: str) -> Iterator[None]:
+    """End the process with a message for everything that the user can mend.
+
+    Wrap the whole command, and what Hydra calls once more: it would add to what it lets through.
+
+    Parameters
+    ----------
+    interrupted
+        What becomes of the work after Ctrl-C.
+    """
+    # Hydra then lets errors through as they are
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except InputError as error:
+        _fail("" if error.elsewhere else str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        # Hydra's own message says which option, its cause why
+        cause = str(error.__cause__ or "").partition("\n")[0]
+        _fail(": ".join(text for text in (str(error), cause) if text))
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        _fail(f"{error.filename}: {error.strerror}; free space or rights, or choose another hydra.run.dir=FOLDER")
+    except KeyboardInterrupt:
+        _fail(f"interrupted: {interrupted}", status=130)
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr)
+    sys.exit(status)
