@@ -50,7 +50,7 @@ def density(
         where atoms lie outside the box.
     """
     if centre == "mass":
-        xyz = xyz - (weights @ xyz) / weights.sum()
+        xyz = xyz - (weights[:, None] * xyz).sum(0) / weights.sum()
     elif centre != "keep":
         raise ValueError(f"centre is {centre!r}; give 'mass' or 'keep'")
     reach, half = float(np.abs(xyz).max()), (box // 2 - 1) * pixel_size
@@ -154,8 +154,8 @@ def _spread_filter(
     """`(…, L, L//2 + 1)`: low-pass and sphere of the Nyquist frequency, over the cubic B-spline's transform sinc⁴."""
     full, half = torch.fft.fftfreq(box, 1 / box, device=device), torch.fft.rfftfreq(box, 1 / box, device=device)
     axes = torch.meshgrid(*[full] * (d - 1), half, indexing="ij")
-    k2 = sum(k**2 for k in axes)
-    spline = math.prod(torch.sinc(k / (FINER * box)) ** 4 for k in axes)
+    k2 = torch.stack(axes).square().sum(0)
+    spline = torch.sinc(torch.stack(axes) / (FINER * box)).prod(0) ** 4
     length = box * pixel_size
     limit = min(box / 2, length / finest if finest else math.inf)
     return torch.where(k2 < limit**2, torch.exp(-math.log(2) * (resolution / length) ** 2 * k2) / spline, 0.0)

@@ -7,7 +7,7 @@ packing about 10 Å, strand spacing about 4.7 Å. Nothing is read from a file an
 number of threads or on a GPU.
 
 In this file x is `(n, 3)` in Å, x, y, z, float64; `operators` is `(g, 3, 3)`; all randomness comes from one
-NumPy generator.
+NumPy generator. Long products are ``einsum``, which unlike ``@`` adds in the same order whatever the threads.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from torchem.errors import InputError
 from torchem.imaging import symmetry as point_groups
 
 VOLUME_PER_UNIT = 190_000.0  # Å³ of envelope an asymmetric unit, gaps between domains included: some 8,300 atoms
@@ -72,11 +73,11 @@ def phantom(symmetry: str = "D2", seed: int = 0) -> tuple[np.ndarray, np.ndarray
             break
         volume *= np.clip(8300 / atoms, 0.97, 1.05)
     else:
-        raise RuntimeError(f"no phantom of symmetry {symmetry} was found for seed {seed}")
+        raise InputError(f"no phantom of symmetry {canonical} was found for seed {seed}; give another seed")
     xyz, weights = _side_chains(backbone, residues, crowd, rng)
     xyz = np.einsum("gij,nj->gni", operators, xyz).reshape(-1, 3)
     weights = np.tile(weights, len(operators))
-    return xyz - (weights @ xyz) / weights.sum(), weights
+    return xyz - (weights[:, None] * xyz).sum(0) / weights.sum(), weights
 
 
 def _extents(symmetry: str, order: int) -> np.ndarray:
@@ -124,7 +125,7 @@ class _Envelope:
         """`(n,)`: falls from 1 at the centre to 0 on the ellipsoid, with ripples of 35–70 Å; −∞ beyond."""
         ripples = np.zeros(len(x))
         for operator in self.operators:  # averaged, so that the point group holds
-            ripples += np.cos(x @ operator.T @ self.waves.T + self.phases).sum(1)
+            ripples += np.cos(np.einsum("ni,mi->nm", x, self.waves @ operator) + self.phases).sum(1)
         radius2 = ((x / self.half_axes) ** 2).sum(1)
         return np.where(radius2 < 1, 1 - radius2 + RUGGEDNESS * ripples / np.sqrt(len(self.operators)), -np.inf)
 
@@ -149,7 +150,8 @@ def _spread_seeds(points: np.ndarray, operators: np.ndarray, rng: np.random.Gene
     """`(DOMAINS, 3)` domain centres whose Voronoi cells, symmetry mates included, share the points evenly."""
 
     def nearest_mate(x: np.ndarray) -> np.ndarray:
-        return np.min([np.linalg.norm(x - x @ g.T, axis=1) for g in operators[1:]], axis=0, initial=np.inf)
+        mates = (np.einsum("ij,nj->ni", g, x) for g in operators[1:])
+        return np.min([np.linalg.norm(x - mate, axis=1) for mate in mates], axis=0, initial=np.inf)
 
     room = nearest_mate(points)
     seeds: list[np.ndarray] = []
@@ -161,7 +163,7 @@ def _spread_seeds(points: np.ndarray, operators: np.ndarray, rng: np.random.Gene
     centres = np.array(seeds)
     for _ in range(12):
         images = np.einsum("gij,nj->gni", operators, centres).reshape(-1, 3)
-        owner = np.argmin((images**2).sum(1) - 2 * points @ images.T, axis=1)
+        owner = np.argmin((images**2).sum(1) - 2 * np.einsum("ni,mi->nm", points, images), axis=1)
         # bring every point to the asymmetric unit of its owner: x = g y, so y = gᵀ x
         home = np.einsum("nji,nj->ni", operators[owner // DOMAINS], points)
         for domain in range(DOMAINS):
@@ -226,7 +228,7 @@ def _elements(
         if layer % 2:
             lines.reverse()
         found += [(x, direction, is_helix) for x, direction in lines]
-    elements = []
+    elements: list[tuple[np.ndarray, np.ndarray, np.ndarray, float, bool]] = []
     for x, along, is_helix in found:
         trim = 3 if is_helix else 2  # room for the loops
         x = x[trim : len(x) - trim]

@@ -188,18 +188,18 @@ def simulate(options: SimulateOptions, folder: str | Path, progress: Progress | 
     options.check()
     folder = Path(folder)
     box, pixel_size = options.box, options.pixel_size
-    generator = torch.Generator().manual_seed(options.seed)
-    truth = _draw(options, generator)
-    noise_filter = _noise_filter(options.noise.spectrum, box, pixel_size)
-    molecules = [_molecule(options, number) for number in range(len(options.models))]
-
-    with _parts(folder) as part:
-        scale = _write_images(part("particles.mrcs"), molecules, truth, noise_filter, options, progress)
+    with _one_thread() as threads, _parts(folder) as part:
+        truth = _draw(options, torch.Generator().manual_seed(options.seed))
+        noise_filter = _noise_filter(options.noise.spectrum, box, pixel_size)
+        molecules = [_molecule(options, number) for number in range(len(options.models))]
+        stack = part("particles.mrcs")
+        scale = _write_images(stack, molecules, truth, noise_filter, options, threads, progress)
         reference = torch.zeros(box, box, box)
-        for number, molecule in enumerate(molecules, 1):
-            label = f"{COMMENT}: {options.models[number - 1]}, the truth"
-            write_map(part(f"truth_class{number:03d}.mrc"), (scale * molecule.map).numpy(), pixel_size, label)
-            reference += scale * molecule.map / len(molecules)
+        for number, (model, molecule) in enumerate(zip(options.models, molecules, strict=True), 1):
+            volume = scale * molecule.map.cpu()
+            label = f"{COMMENT}: {Path(model).name}, the truth"
+            write_map(part(f"truth_class{number:03d}.mrc"), volume.numpy(), pixel_size, label)
+            reference += volume / len(molecules)
         low_pass = raised_cosine_lowpass(box, pixel_size, options.reference_angst)
         reference = torch.fft.irfftn(torch.fft.rfftn(reference) * low_pass, s=reference.shape)
         label = f"{COMMENT}: the truth at {options.reference_angst:g} A"
@@ -208,6 +208,21 @@ def simulate(options: SimulateOptions, folder: str | Path, progress: Progress | 
         comment = f"{COMMENT}\n{_summary(options)}"
         write_star(part("truth.star"), {"optics": optics, "particles": particles.join(poses)}, comment)
         write_star(part("particles.star"), {"optics": optics, "particles": particles}, comment)
+
+
+@contextmanager
+def _one_thread() -> Iterator[int]:
+    """Keep torch to one thread and give the number it had.
+
+    Whole batches are shared among threads instead: the steps are so small that meeting after each costs more than
+    they do, above all on a busy machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 # -- what is simulated ---------------------------------------------------------------------------------------------
@@ -242,7 +257,7 @@ def _molecule(options: SimulateOptions, number: int) -> _Molecule:
     else:
         # a mixture of phantoms is one of different molecules
         xyz, weights = phantom(options.symmetry, number) if model == "phantom" else read_atoms(model)
-        xyz = xyz - (weights @ xyz) / weights.sum()
+        xyz = xyz - (weights[:, None] * xyz).sum(0) / weights.sum()
         resolution = resolution or 2 * pixel_size
         reach, half = float(np.linalg.norm(xyz, axis=1).max()), (box // 2 - 1) * pixel_size
         if reach > half:
@@ -351,6 +366,7 @@ def _write_images(
     truth: _Truth,
     noise_filter: Tensor | None,
     options: SimulateOptions,
+    threads: int,
     progress: Progress | None,
 ) -> float:
     """Write the stack; returns what the molecules' maps are to be multiplied by for their signal's greyscale.
@@ -373,7 +389,7 @@ def _write_images(
     total = squares = 0.0
     with open(path, "r+b") as file:
         file.seek(HEADER_BYTES)
-        for rows, signal in _signals(molecules, truth, batches, options):
+        for rows, signal in _signals(molecules, truth, batches, options, threads):
             total += float(signal.sum(dtype=torch.float64))
             squares += float(signal.double().square().sum())
             file.write(signal.numpy().tobytes())
@@ -396,24 +412,18 @@ def _write_images(
 
 
 def _signals(
-    molecules: list[_Molecule], truth: _Truth, batches: list[slice], options: SimulateOptions
+    molecules: list[_Molecule], truth: _Truth, batches: list[slice], options: SimulateOptions, threads: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The batches in turn with their images on the CPU, some made side by side where that is the device."""
+    """The batches in turn with their images on the CPU; one a thread where that is the device."""
     if molecules[0].map.is_cuda:
         for rows in batches:
             yield rows, _signal(molecules, truth, rows, options).cpu()
         return
-    # one batch a thread: the steps are too small to be shared among threads, above all on a busy machine
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            for start in range(0, len(batches), threads):
-                some = batches[start : start + threads]
-                signals = pool.map(lambda rows: _signal(molecules, truth, rows, options), some)
-                yield from zip(some, signals, strict=True)
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(batches), threads):
+            some = batches[start : start + threads]
+            signals = pool.map(lambda rows: _signal(molecules, truth, rows, options), some)
+            yield from zip(some, signals, strict=True)
 
 
 def _signal(molecules: list[_Molecule], truth: _Truth, rows: slice, options: SimulateOptions) -> Tensor:
@@ -524,6 +534,14 @@ def _summary(options: SimulateOptions) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items() if value is not None)
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file is absent or of a simulated data set: its first comment or MRC label says so."""
+    if not path.exists():
+        return True
+    with open(path, "rb") as file:
+        return COMMENT.encode() in file.read(HEADER_BYTES)
+
+
 @contextmanager
 def _parts(folder: Path) -> Iterator[Callable[[str], Path]]:
     """Give temporary paths for the files of a data set; at the end they take their names, in order of asking.
@@ -548,6 +566,11 @@ def _parts(folder: Path) -> Iterator[Callable[[str], Path]]:
                 ) from None
             try:
                 yield part
+                for name in names:
+                    if not _is_ours(folder / name):
+                        raise InputError(
+                            f"{folder / name} is there and was not simulated by torchem; choose another folder"
+                        )
                 # an older set is not whole from here until the last file of the new one has come
                 (folder / names[-1]).unlink(missing_ok=True)
                 for name in names:

@@ -1,0 +1,133 @@
+"""Simulated particles with a known answer.
+
+    python -m torchem.simulate                                                  1,000 × 64 px of the built-in phantom
+    python -m torchem.simulate name=mine model=5a1a.pdb symmetry=D2 box=128 pixel_size=1.77 n_particles=6496
+    python -m torchem.simulate name=two 'model=[a.mrc,b.mrc]' symmetry=C1       a mixture
+    python -m torchem.simulate -m noise.snr=0.1,0.05                            a sweep
+
+Writes particles.mrcs, particles.star (RELION 5), truth.star (with angles, origins and classes),
+truth_class001.mrc … and reference.mrc into outputs/datasets/NAME. The same command again finds them there. Every
+option with unit and default: torchem/imaging/simulation.py, or ``--cfg job``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from torchem.errors import InputError
+from torchem.imaging.simulation import SimulateOptions, simulate
+from torchem.runtime import run_folder
+from torchem.runtime.progress import Progress
+
+log = logging.getLogger("torchem.simulate")
+
+
+@dataclass
+class Settings(SimulateOptions):
+    """What is simulated, and where to."""
+
+    name: str = "simulated"  # of the folder in outputs/datasets
+
+
+ConfigStore.instance().store(name="simulate_schema", node=Settings)
+
+
+def main() -> None:
+    """Run the command; whatever the user can mend is told without a traceback."""
+    # Hydra then lets errors through as they are, to be told here
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        check_option_names(sys.argv[1:])
+        _command()
+    except (InputError, HydraException, OmegaConfBaseException) as error:
+        # Hydra says which option is wrong, its cause why
+        print(error, error.__cause__ or "", sep="\n", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: the same command makes the particles again", file=sys.stderr)
+        sys.exit(130)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://torchem.configs", config_name="simulate")
+def _command(config: DictConfig) -> None:
+    settings = to_settings(OmegaConf.to_container(config, resolve=True))
+    with Progress() as progress:
+        make(settings, Path(HydraConfig.get().runtime.output_dir), progress)
+
+
+def to_settings(plain: Any) -> Settings:
+    """Turn nested plain settings into options; unknown keys and values of a wrong type are refused."""
+    # the structured config refuses what +typo=3 had added to Hydra's
+    merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.create(plain))
+    settings = OmegaConf.to_object(merged)
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def check_option_names(arguments: Sequence[str]) -> None:
+    """Refuse options that do not exist, with the nearest that does; Hydra's own advice would be ``+typo=3``.
+
+    Raises
+    ------
+    InputError
+        Names the option.
+    """
+    known = run_folder.flatten(asdict(Settings()))
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        option = key.lstrip("+~")
+        if not equals or key.startswith("-") or option in known or option.partition(".")[0].startswith("hydra"):
+            continue
+        near = difflib.get_close_matches(option, known, n=1)
+        advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"
+        raise InputError(f"{argument}: there is no option {option}; {advice}")
+
+
+def make(settings: Settings, folder: Path, progress: Progress) -> None:
+    """Simulate into a folder, unless the same data set is there.
+
+    Raises
+    ------
+    InputError
+        Options that cannot be used, another data set in the folder, no room.
+    """
+    settings.check()
+    wanted = asdict(settings)
+    del wanted["name"]
+    star = folder / "particles.star"
+    there = run_folder.inspect(folder).settings
+    if there is not None and (changed := run_folder.changes(there, wanted)):
+        raise InputError(
+            f"{folder}: holds other particles; give these another name=NEW. Changed:\n  " + "\n  ".join(changed)
+        )
+    if there is not None and star.is_file():
+        log.info("the particles are there: %s", star)
+        return
+    run_folder.prepare(folder, 4 * settings.n_particles * settings.box**2 + 4 * 4 * settings.box**3)
+    log.info("simulating %d particles of %d px in %s", settings.n_particles, settings.box, folder)
+    simulate(settings, folder, progress.task("simulating particles"))
+    # last: its presence says that the data set is whole
+    run_folder.write_settings(folder, wanted)
+    log.info(
+        "simulated: refine them with  python -m torchem.refine dataset.star=%s dataset.symmetry=%s "
+        "reference.map=%s reference.ini_high=%g dataset.particle_diameter=ANGSTROM",
+        os.path.relpath(star), settings.symmetry, os.path.relpath(folder / "reference.mrc"), settings.reference_angst,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
