@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchem.data.particles import Particles
     from torchem.em.options import RefineOptions
+    from torchem.em.reference import read_reference
     from torchem.em.refiner import Refiner
     from torchem.errors import InputError
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Particles", "RefineOptions", "Refiner", "__version__"]
+__all__ = ["InputError", "Particles", "RefineOptions", "Refiner", "__version__", "read_reference"]
 
 _HOME = {
     "InputError": "torchem.errors",
     "Particles": "torchem.data.particles",
     "RefineOptions": "torchem.em.options",
     "Refiner": "torchem.em.refiner",
+    "read_reference": "torchem.em.reference",
 }
 
 # in a checkout, configs/ lies beside this package and is torchem.configs

@@ -95,6 +95,7 @@ def test_nccl_takes_one_process_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(InputError, match=r"1 GPU\(s\).* start 1 a host, or use gloo"):
         start("nccl", "cuda")
 

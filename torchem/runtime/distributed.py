@@ -185,7 +185,9 @@ def _check_backend(backend: str, device: str, gpus: int, launch: Launch) -> None
     if backend == "nccl":
         if device != "cuda" or not dist.is_nccl_available():
             raise InputError(f"{option}: NCCL joins GPUs, and this run uses the CPU; use gloo or leave it out")
-        if launch.local_rank >= gpus:
+        # a launcher may show each process its own GPU alone; otherwise all processes of a host see the same
+        own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+        if launch.local_rank >= gpus and not own:
             raise InputError(
                 f"{option}: process {launch.local_rank + 1} on a host with {gpus} GPU(s), and NCCL takes one process "
                 f"a GPU; start {gpus} a host, or use gloo to share GPUs"
