@@ -82,15 +82,16 @@ def project(
     `(b, L, L)` float32 on the points' device; with `density`, sums along z at A = 1.
     """
     size = FINER * box
-    flat = points.new_tensor(FINER / pixel_size) * rotations[:, :2].to(points)  # (b, 2, 3), to fine pixels
+    flat = (FINER / pixel_size * rotations[:, :2]).to(points)[..., None]  # (b, 2, 3, 1), to fine pixels
     spectrum_filter = _spread_filter(box, pixel_size, resolution, 2, points.device)
     # on a CPU what fits its cache, on a GPU what fills it
     together = max(1, (2**17 if points.device.type == "cpu" else 2**24) // len(points))
     images = points.new_empty(len(rotations), box, box)
     for start in range(0, len(rotations), together):
-        seen = flat[start : start + together] @ points.T + size // 2  # (b, 2, n)
-        transform = torch.fft.rfft2(_spread(seen, weights, size))
-        transform = _crop(transform, box) * spectrum_filter
+        some = flat[start : start + together]
+        # no matrix product, which may be rounded to TF32
+        seen = some[:, :, 0] * points[:, 0] + some[:, :, 1] * points[:, 1] + some[:, :, 2] * points[:, 2] + size // 2
+        transform = _crop(torch.fft.rfft2(_spread(seen, weights, size)), box) * spectrum_filter
         images[start : start + together] = torch.fft.irfft2(transform, s=(box, box))
     return images
 
