@@ -11,10 +11,11 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from torchem.commands import check_option_names, to_options
 from torchem.errors import InputError
 from torchem.runtime import run_folder
 from torchem.runtime.progress import Progress
-from torchem.simulate import Settings, check_option_names, make, to_settings
+from torchem.simulate import Settings, make
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +29,7 @@ defocus_max_angst astigmatism_angst voltage cs amplitude_contrast phase_shift no
 def settings(*overrides: str) -> Settings:
     with initialize_config_module("torchem.configs", version_base="1.3"):
         config = compose("simulate", overrides=list(overrides))
-    return to_settings(OmegaConf.to_container(config, resolve=True))
+    return to_options(Settings, OmegaConf.to_container(config, resolve=True))
 
 
 @pytest.fixture
@@ -61,8 +62,9 @@ def test_values() -> None:
 )
 def test_unknown_option(argument: str, advice: str) -> None:
     with pytest.raises(InputError, match=advice.replace("?", r"\?")):
-        check_option_names([argument])
-    check_option_names(["box=32", "noise.snr=1", "hydra.run.dir=x", "--cfg", "-m", "name=a"])
+        check_option_names([argument], run_folder.flatten(asdict(Settings())))
+    arguments = ["box=32", "noise.snr=1", "hydra.run.dir=x", "--cfg", "-m", "name=a"]
+    check_option_names(arguments, run_folder.flatten(asdict(Settings())))
 
 
 def test_made_once(small: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

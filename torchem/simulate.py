@@ -12,22 +12,18 @@ option with unit and default: torchem/imaging/simulation.py, or ``--cfg job``.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from torchem.commands import check_option_names, telling, to_options
 from torchem.errors import InputError
 from torchem.imaging.simulation import SimulateOptions, simulate
 from torchem.runtime import run_folder
@@ -46,55 +42,21 @@ class Settings(SimulateOptions):
 ConfigStore.instance().store(name="simulate_schema", node=Settings)
 
 
+_INTERRUPTED = "the same command makes the particles again"
+
+
 def main() -> None:
     """Run the command; whatever the user can mend is told without a traceback."""
-    # Hydra then lets errors through as they are, to be told here
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        check_option_names(sys.argv[1:])
+    with telling(_INTERRUPTED):
+        check_option_names(sys.argv[1:], run_folder.flatten(asdict(Settings())))
         _command()
-    except (InputError, HydraException, OmegaConfBaseException) as error:
-        # Hydra says which option is wrong, its cause why
-        print(error, error.__cause__ or "", sep="\n", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted: the same command makes the particles again", file=sys.stderr)
-        sys.exit(130)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://torchem.configs", config_name="simulate")
 def _command(config: DictConfig) -> None:
-    settings = to_settings(OmegaConf.to_container(config, resolve=True))
-    with Progress() as progress:
+    with telling(_INTERRUPTED), Progress() as progress:
+        settings = to_options(Settings, OmegaConf.to_container(config, resolve=True))
         make(settings, Path(HydraConfig.get().runtime.output_dir), progress)
-
-
-def to_settings(plain: Any) -> Settings:
-    """Turn nested plain settings into options; unknown keys and values of a wrong type are refused."""
-    # the structured config refuses what +typo=3 had added to Hydra's
-    merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.create(plain))
-    settings = OmegaConf.to_object(merged)
-    assert isinstance(settings, Settings)
-    return settings
-
-
-def check_option_names(arguments: Sequence[str]) -> None:
-    """Refuse options that do not exist, with the nearest that does; Hydra's own advice would be ``+typo=3``.
-
-    Raises
-    ------
-    InputError
-        Names the option.
-    """
-    known = run_folder.flatten(asdict(Settings()))
-    for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        option = key.lstrip("+~")
-        if not equals or key.startswith("-") or option in known or option.partition(".")[0].startswith("hydra"):
-            continue
-        near = difflib.get_close_matches(option, known, n=1)
-        advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"
-        raise InputError(f"{argument}: there is no option {option}; {advice}")
 
 
 def make(settings: Settings, folder: Path, progress: Progress) -> None:
