@@ -16,9 +16,13 @@ from torchem.data.particles import Particles
 from torchem.data.star import read_star, write_star
 from torchem.errors import InputError
 from torchem.imaging import simulation
+from torchem.imaging.ctf import ctf
 from torchem.imaging.density import density, project
+from torchem.imaging.fourier import FourierPixels, half_transform
+from torchem.imaging.projection import fourier_volume
 from torchem.imaging.simulation import NoiseOptions, SimulateOptions, make_dataset, simulate
 from torchem.imaging.symmetry import rotation_matrix
+from torchem.ops.slices import project as cut_slices
 
 FILES = {"particles.mrcs", "particles.star", "truth.star", "truth_class001.mrc", "reference.mrc"}
 BOX, PIXEL = 32, 5.0
@@ -90,6 +94,25 @@ def test_images_are_shifted_projections_times_ctf(options: SimulateOptions, tmp_
         transform *= np.exp(-math.log(2) * s2 * (2 * PIXEL) ** 2) * (kx**2 + ky**2 < (BOX / 2) ** 2)
         exact = np.fft.fftshift(np.fft.ifft2(transform).real)
         assert np.sqrt(((image - exact) ** 2).mean()) < 0.01 * exact.std()
+
+
+def test_agrees_with_the_projector_of_refinement(options: SimulateOptions, tmp_path: Path) -> None:
+    """Slices of the truth map's transform times the CTF are the images put back by their origins."""
+    simulate(noiseless(options, n_particles=8, low_pass_angst=14.0), tmp_path)
+    particles = Particles.read(tmp_path / "truth.star")
+    truth = torch.tensor(read_map(tmp_path / "truth_class001.mrc")[0]).double()
+    pixels, r_max = FourierPixels.of(BOX), BOX // 2 - 1
+    size = 2 * (r_max - 2)  # not where the slice ends amid a shell
+    kx, ky = pixels.kx[: pixels.count(size)], pixels.ky[: pixels.count(size)]
+    rotations = rotation_matrix(*torch.tensor(particles.euler).unbind(1))
+    slices = cut_slices(fourier_volume(truth, r_max, 4), rotations, kx, ky, 4, r_max)
+    slices *= ctf(particles.optics[0], torch.tensor(particles.ctf_parameters), kx, ky)
+    seen = pixels.gather(half_transform(torch.tensor(particles.images(range(8))).double()))[:, : len(kx)]
+    seen = seen * pixels.phases(torch.tensor(particles.origin_angst) / PIXEL, size)
+    agreement = (seen * slices.conj()).real.sum(1) / (seen.abs().square().sum(1) * slices.abs().square().sum(1)).sqrt()
+    assert float(agreement.min()) > 0.999
+    greyscale = (seen * slices.conj()).real.sum() / slices.abs().square().sum()
+    assert float(greyscale) == pytest.approx(1, abs=0.01)
 
 
 def test_signal_to_noise(options: SimulateOptions, tmp_path: Path) -> None:

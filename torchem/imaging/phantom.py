@@ -44,7 +44,7 @@ BACKBONE = ("N", "C", "C", "O")  # N, CA, C, O: the order of backbone atoms in t
 def phantom(symmetry: str = "D2", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Atoms of a pseudo-protein with the given point group, in RELION's axes, centred on the origin.
 
-    Some 8,200 atoms an asymmetric unit, at least 8,000. D2 (and C1 and C2, less the copies) has the proportions
+    8,000 to 9,200 atoms an asymmetric unit. D2 (and C1 and C2, less the copies) has the proportions
     of β-galactosidase, and D2 its extents, 181 × 136 × 92 Å; other groups are rounder. The same symmetry and
     seed give the same atoms.
 
@@ -96,7 +96,7 @@ def _extents(symmetry: str, order: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Envelope:
-    """Where the molecule is: a blunt diamond with rugged surface, {x : level(x) > threshold}, cut into domains."""
+    """Where the molecule is: an ellipsoid with rugged surface, {x : level(x) > threshold}, cut into domains."""
 
     half_axes: np.ndarray  # (3,) Å
     waves: np.ndarray  # (m, 3) rad/Å
