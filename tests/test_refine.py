@@ -196,7 +196,8 @@ def test_time_left_shrinks_with_finer_sampling() -> None:
     assert left(2, 2.0) == ", about 1 min 30 s left"
     assert left(4, 2.0) == ", about 50.0 s left"
     assert left(6, 2.0) == ", about 30.0 s left"
-    assert left(2, 999.0) == ", about 1 min 10 s left"
+    # the accuracy is not known yet
+    assert left(2, 999.0) == ""
     assert left(6, 2.0, converged=True) == ""
 
 
@@ -229,7 +230,7 @@ def test_from_particles_to_a_picture_and_again(small_set: Callable) -> None:
     assert done.returncode == 0, done.stderr
     lines = [line[9:] for line in done.stdout.splitlines()]
     assert lines[0] == f"refining 12 particles in {RUN}"
-    assert any(line.startswith("iteration 1: ") and "Pmax" in line and line.endswith(" left") for line in lines)
+    assert any(line.startswith("iteration 1: ") and "Pmax" in line for line in lines)
     assert lines[-1].startswith("stopped at max_iterations before convergence at ")
     assert f"map: {RUN}/run_it001_half1_class001.mrc, picture: {RUN}/run.png" in lines[-1]
     before = contents(RUN)

@@ -327,19 +327,16 @@ def _line(iteration: Iteration, job: Job) -> str:
 
 def _left(iteration: Iteration, options: RefineOptions) -> str:
     """Time left, from what auto-refinement needs: two iterations a sampling until it is fine enough, and the last."""
-    if iteration.converged:
+    # before the accuracy is estimated it would be a guess, and a first iteration by cross-correlation is a short one
+    if iteration.converged or not 0 < iteration.acc_rot <= 30:
         return ""
     order, fine = iteration.healpix_order, 60 / 2 ** (iteration.healpix_order + options.sampling.oversampling)
-    # before the accuracy is known: as far as the first local searches
-    known = 0 < iteration.acc_rot <= 30
-    first_local = 60 / 2 ** (options.sampling.local_healpix_order + options.sampling.oversampling)
-    target = 0.75 * iteration.acc_rot if known else first_local
     finer = 0
-    while fine > target and order + finer < 8:
+    while fine > 0.75 * iteration.acc_rot and order + finer < 8:
         fine, finer = fine / 2, finer + 1
     # the last is done at the full image size
     iterations = min(2 * finer + 3, options.max_iterations - iteration.number)
-    return f", about {duration(max(iterations, 0) * iteration.seconds)} left"
+    return f", about {duration(iterations * iteration.seconds)} left" if iterations > 0 else ""
 
 
 def _conclude(job: Job) -> None:
