@@ -1,7 +1,7 @@
 """The E-step of one half: coarse pass, significant samples, fine pass, weighted sums.
 
 Shapes: n particles of a batch, k classes, r coarse orientations, t coarse translations, p Fourier pixels, b significant
-samples (blocks), m rows (one particle at one fine orientation), o and j the orientation and translation children of a
+samples (blocks), o and j the orientation and translation children of a
 sample. Orientations are numbered class-major; rows and blocks are worked through orientation by orientation, so that
 a slice is cut once for all its particles, and their numerators are added before anything is scattered.
 """
@@ -14,15 +14,17 @@ from torch import Tensor
 
 from torchem.em.images import ImageBatch
 from torchem.em.model import Model
+from torchem.em.references import References
 from torchem.em.sampling import Grid
+from torchem.em.sums import Operands, Sums, add_dense, add_rows
 from torchem.em.weights import block_rows, block_sparse
-from torchem.imaging.projection import fourier_volume, volume_shape
 from torchem.ops.significant import row_logsumexp, significant_samples
-from torchem.ops.slices import backproject, project
 from torchem.ops.squared_difference import score, score_pairs
 
 # shells whose data-vs-prior ratio exceeds this take part in the scale correction
 SCALE_MINIMUM_DATA_VS_PRIOR = 3.0
+# share of all (particle, orientation) pairs from which on the fine pass does all of them by matrix products
+DENSE_SUPPORT = 0.3
 
 
 @dataclass
@@ -39,6 +41,8 @@ class ExpectationSettings:
         degrees: Gaussian priors around the last poses; None: all orientations.
     chunk_elements
         largest number of complex values that one step may hold in one temporary.
+    fine_weights
+        largest number of fine-pass weights held at once.
     """
 
     current_size: int
@@ -48,48 +52,7 @@ class ExpectationSettings:
     local_sigma: float | None = None
     padding: int = 2
     chunk_elements: int = 2**24
-
-
-@dataclass
-class Sums:
-    """Weighted sums of one half over its particles (Scheres 2012, eqs. 3-7); volumes in the run's precision, the rest double."""
-
-    data: Tensor  # (k, D, D, D//2 + 1) complex
-    weight: Tensor
-    noise: list[Tensor]  # an optics group (box//2 + 1,)
-    noise_weight: Tensor  # (optics groups,)
-    norm: Tensor  # ()
-    scale_xa: Tensor  # (groups,)
-    scale_aa: Tensor
-    group_weight: Tensor  # (groups,)
-    offset_square: Tensor  # ()
-    class_offset: Tensor  # (k, 2)
-    pdf_direction: Tensor  # (k, d)
-    pmax: Tensor  # ()
-    log_likelihood: Tensor  # ()
-    particles: Tensor  # ()
-
-    @staticmethod
-    def zeros(model: Model, n_directions: int, r_max: int, padding: int) -> "Sums":
-        k, references = model.n_classes, model.references
-        shape = (k, *volume_shape(r_max, padding, model.ndim))
-
-        def zero(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float64, device=references.device)
-
-        return Sums(
-            data=torch.zeros(shape, dtype=references.dtype.to_complex(), device=references.device),
-            weight=torch.zeros(shape, dtype=references.dtype, device=references.device),
-            noise=[torch.zeros_like(s) for s in model.sigma2_noise],
-            noise_weight=zero(len(model.sigma2_noise)),
-            norm=zero(), scale_xa=zero(len(model.scale)), scale_aa=zero(len(model.scale)),
-            group_weight=zero(len(model.scale)), offset_square=zero(), class_offset=zero(k, 2),
-            pdf_direction=zero(k, n_directions), pmax=zero(), log_likelihood=zero(), particles=zero(),
-        )  # fmt: skip
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor, for summing over ranks."""
-        return [t for value in vars(self).values() for t in (value if isinstance(value, list) else [value])]
+    fine_weights: int = 2**24
 
 
 @dataclass
@@ -146,9 +109,9 @@ class Expectation:
         self.model, self.grid, self.settings = model, grid, settings
         self.operators = operators
         self.dtype = model.references.dtype
-        self.r_max = settings.current_size // 2
-        self.volumes = [fourier_volume(m, self.r_max, settings.padding) for m in model.references]
-        self.sums = Sums.zeros(model, grid.n_directions, self.r_max, settings.padding)
+        r_max = settings.current_size // 2
+        self.references = References(model.references, grid, r_max, settings.padding)
+        self.sums = Sums.zeros(model, grid.n_directions, r_max, settings.padding)
         self._coarse_slices: dict[str, Tensor] = {}
 
     def __call__(
@@ -183,9 +146,9 @@ class Expectation:
         )
 
     def _parts(self, samples: Samples) -> Iterator[slice]:
-        """Ranges of particles whose fine weights fit a chunk."""
+        """Ranges of particles whose fine weights may be held at once."""
         block = self.grid.orientation_children * self.grid.translation_children
-        most = max(1, self.settings.chunk_elements // block)
+        most = max(1, self.settings.fine_weights // block)
         ends = torch.cumsum(samples.significant, 0).tolist()
         start, base = 0, 0
         for position, end in enumerate(ends):
@@ -215,25 +178,6 @@ class Expectation:
         inverse_sigma2 = inverse_sigma2[:n_pixels].clone()
         inverse_sigma2[0] = 0  # the origin takes no part
         return masked * (ctf * inverse_sigma2), ctf.square() * inverse_sigma2, None
-
-    def _slices(self, batch: ImageBatch, orientations: Tensor, n_pixels: int, fine: bool) -> Tensor:
-        """Slices `(u, n_pixels)` of orientations `(u,)`, ascending, coarse or fine numbers, class-major."""
-        per_class = self.grid.n_orientations * (self.grid.orientation_children if fine else 1)
-        matrices = self.grid.child_matrices if fine else self.grid.matrices
-        kx, ky = batch.geometry.kx[:n_pixels], batch.geometry.ky[:n_pixels]
-        r_max = self.r_max if fine else min(self.r_max, self.settings.coarse_size // 2)
-        ends = torch.searchsorted(
-            orientations, torch.arange(len(self.volumes) + 1, device=orientations.device) * per_class
-        ).tolist()
-        parts = [
-            project(
-                volume, matrices(orientations[start:end] % per_class).to(self.dtype), kx, ky,
-                self.settings.padding, r_max,
-            )
-            for volume, start, end in zip(self.volumes, ends[:-1], ends[1:], strict=True)
-            if end > start
-        ]  # fmt: skip
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _offset_log_prior(self, batch: ImageBatch) -> Tensor:
         """`(n, k, t)`: Gaussian log prior of the unperturbed coarse offsets, relative to its mean over k and t."""
@@ -278,7 +222,9 @@ class Expectation:
         key = f"{batch.geometry.optics.name} {n_pixels}"
         if key not in self._coarse_slices:
             everything = torch.arange(self.model.n_classes * self.grid.n_orientations, device=images.device)
-            self._coarse_slices[key] = self._slices(batch, everything, n_pixels, fine=False)
+            self._coarse_slices[key] = self.references.slices(
+                batch.geometry, everything, n_pixels, fine=False, r_max=self.settings.coarse_size // 2
+            )
         slices = self._coarse_slices[key]
         orientation_prior = self._orientation_log_prior()
         per_class = self.grid.n_orientations
@@ -327,7 +273,10 @@ class Expectation:
         log_weight = torch.empty((len(particle), n_shifts), dtype=torch.float64, device=images.device)
         log_prior = orientation_prior[:, None] + offset_prior[particle, orientation // per_class]
         for chunk in order.split(max(1, self.settings.chunk_elements // n_pixels)):
-            slices, inverse = self._shared_slices(batch, orientation[chunk], n_pixels, fine=False)
+            unique, inverse = torch.unique_consecutive(orientation[chunk], return_inverse=True)
+            slices = self.references.slices(
+                batch.geometry, unique, n_pixels, fine=False, r_max=self.settings.coarse_size // 2
+            )
             which = particle[chunk]
             log_weight[chunk] = score_pairs(
                 images[which], weights[which], slices[inverse][:, None], phases,
@@ -340,26 +289,75 @@ class Expectation:
         _, log_total = row_logsumexp(log_weight.flatten(), rows, len(batch))
         yield rows, columns, log_weight.flatten(), log_prior.flatten(), log_total
 
-    def _shared_slices(
-        self, batch: ImageBatch, orientations: Tensor, n_pixels: int, fine: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Slices of the distinct ones of sorted orientations, and the slice number of each."""
-        unique, inverse = torch.unique_consecutive(orientations, return_inverse=True)
-        return self._slices(batch, unique, n_pixels, fine), inverse
-
     # fine pass
 
     def _fine_pass(
         self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, samples: Samples
     ) -> tuple[Tensor, Tensor]:
         """Log weights of the children of significant samples, block-sparse, and each particle's log total."""
+        grid = self.grid
+        operands = self._score_operands(batch, inverse_sigma2, scale, batch.geometry.n_pixels)
+        scores = self._dense_scores if self._is_dense(batch, samples) else self._pair_scores
+        values = scores(batch, operands, self._fine_phases(batch), samples)  # (b, o, j)
+        values += samples.log_prior.to(self.dtype)[:, None, None]
+        weights = block_sparse(
+            samples.particle, samples.column, values.flatten(1), len(batch),
+            self.model.n_classes * grid.n_orientations * grid.n_translations,
+        )  # fmt: skip
+        rows = samples.particle[:, None].expand(-1, values[0].numel()).flatten()
+        _, log_total = row_logsumexp(weights.values().flatten(), rows, len(batch))
+        return weights, log_total
+
+    def _fine_phases(self, batch: ImageBatch) -> Tensor:
+        """`(t·j, p)`."""
+        return batch.geometry.phases(self.grid.fine_shifts().flatten(0, 1), batch.geometry.n_pixels, self.dtype)
+
+    def _is_dense(self, batch: ImageBatch, samples: Samples) -> bool:
+        """Whether so many orientations are significant that all are better done at once."""
+        if self.settings.local_sigma is not None:
+            return False
+        orientation = samples.column // self.grid.n_translations
+        pairs = torch.unique_consecutive(samples.particle * (orientation.max() + 1) + orientation)
+        return len(pairs) > DENSE_SUPPORT * len(batch) * self.model.n_classes * self.grid.n_orientations
+
+    def _dense_slab(self, batch: ImageBatch) -> int:
+        """How many particles' weights of all fine samples may be held at once."""
+        grid = self.grid
+        shifts = grid.n_translations * grid.translation_children
+        samples = self.model.n_classes * grid.n_orientations * grid.orientation_children * shifts
+        images = 8 * shifts * batch.geometry.n_pixels
+        return max(1, self.settings.fine_weights // (samples + images))
+
+    def _every_fine_slice(self, batch: ImageBatch) -> Tensor:
+        n = self.model.n_classes * self.grid.n_orientations * self.grid.orientation_children
+        every = torch.arange(n, device=batch.masked.device)
+        return self.references.slices(batch.geometry, every, batch.geometry.n_pixels, fine=True)
+
+    def _dense_scores(self, batch: ImageBatch, operands: tuple, phases: Tensor, samples: Samples) -> Tensor:
+        """Scores `(b, o, j)` of the significant samples' children, taken from those of all fine samples."""
+        grid = self.grid
+        images, weights, power = operands
+        slices = self._every_fine_slice(batch)
+        orientation, shift = samples.column // grid.n_translations, samples.column % grid.n_translations
+        parts = []
+        for particles in torch.arange(len(batch), device=images.device).split(self._dense_slab(batch)):
+            start, stop = int(particles[0]), int(particles[-1]) + 1
+            scores = score(
+                images[start:stop], weights[start:stop], slices, phases, None if power is None else power[start:stop]
+            )  # (n, k·r·o, t·j)
+            scores = scores.unflatten(2, (-1, grid.translation_children)).unflatten(1, (-1, grid.orientation_children))
+            mine = (samples.particle >= start) & (samples.particle < stop)
+            parts.append(scores[samples.particle[mine] - start, orientation[mine], :, shift[mine]])
+        return torch.cat(parts)
+
+    def _pair_scores(self, batch: ImageBatch, operands: tuple, phases: Tensor, samples: Samples) -> Tensor:
+        """Scores `(b, o, j)`: each particle with the children of its significant orientations, at all shifts at once."""
         grid, n_pixels = self.grid, batch.geometry.n_pixels
         n_shifts, o, j = grid.n_translations, grid.orientation_children, grid.translation_children
-        images, weights, power = self._score_operands(batch, inverse_sigma2, scale, n_pixels)
-        phases = batch.geometry.phases(grid.fine_shifts().flatten(0, 1), n_pixels, self.dtype)
+        images, weights, power = operands
         orientation, shift = samples.column // n_shifts, samples.column % n_shifts
         values = torch.empty((len(shift), o, j), dtype=self.dtype, device=images.device)
-        # blocks by orientation, then particle; a pair (orientation, particle) is scored at all shifts at once
+        # blocks by orientation, then particle
         order = torch.argsort(orientation, stable=True)
         pair_key = orientation[order] * len(batch) + samples.particle[order]
         pair_key, pair = torch.unique_consecutive(pair_key, return_inverse=True)
@@ -369,26 +367,17 @@ class Expectation:
         for start in range(0, len(pair_key), step):
             keys = pair_key[start : start + step]
             which = keys % len(batch)
-            fine = ((keys // len(batch))[:, None] * o + children).flatten()
-            # neighbouring pairs share an orientation, so its children repeat block after block
+            # neighbouring pairs share an orientation and its slices
             parents, inverse = torch.unique_consecutive(keys // len(batch), return_inverse=True)
-            slices = self._slices(batch, (parents[:, None] * o + children).flatten(), n_pixels, fine=True)
+            fine = (parents[:, None] * o + children).flatten()
+            slices = self.references.slices(batch.geometry, fine, n_pixels, fine=True).unflatten(0, (-1, o))
             scores = score_pairs(
-                images[which], weights[which], slices.reshape(-1, o, n_pixels)[inverse], phases,
-                None if power is None else power[which],
-            ).unflatten(2, (n_shifts, j))  # fmt: skip
-            del fine
+                images[which], weights[which], slices[inverse], phases, None if power is None else power[which]
+            ).unflatten(2, (n_shifts, j))
             blocks = slice(int(first_block[start]), int(first_block[min(start + step, len(pair_key))]))
             here = order[blocks]
             values[here] = scores[pair[blocks] - start, :, shift[here]]
-        values += samples.log_prior.to(self.dtype)[:, None, None]
-        sparse = block_sparse(
-            samples.particle, samples.column, values.flatten(1), len(batch),
-            self.model.n_classes * grid.n_orientations * n_shifts,
-        )  # fmt: skip
-        rows = samples.particle[:, None].expand(-1, o * j).flatten()
-        _, log_total = row_logsumexp(sparse.values().flatten(), rows, len(batch))
-        return sparse, log_total
+        return values
 
     # weighted sums
 
@@ -418,9 +407,13 @@ class Expectation:
             kept = torch.where(keep.reshape(log_weight.shape), probability, 0.0).reshape(-1, o, j)
             log_likelihood = log_total + self._log_likelihood_constant(batch, inverse_sigma2)
         orientation, shift = samples.column // n_shifts, samples.column % n_shifts
-        xa, aa = self._project_and_insert(
-            batch, inverse_sigma2, scale, rows, orientation, shift, kept
-        )  # (n, shells) double
+        operands, phases = Operands.of(batch, inverse_sigma2, scale), self._fine_phases(batch)
+        where = (sums, self.references, batch, operands, phases, rows, orientation, shift, kept)
+        # (n, shells) double
+        if self._is_dense(batch, samples):
+            xa, aa = add_dense(*where, self._every_fine_slice(batch), self._dense_slab(batch))
+        else:
+            xa, aa = add_rows(*where, self.settings.chunk_elements)
 
         # noise, norm and scale from per-particle sums
         total = torch.zeros(n, dtype=torch.float64, device=rows.device)
@@ -480,66 +473,3 @@ class Expectation:
         power = batch.masked[:, 1:].abs().square().double() @ inverse
         beyond = batch.power[:, batch.geometry.size // 2 + 1 :].sum(1)
         return -0.5 * (power + beyond) + torch.log(inverse / (2 * torch.pi)).sum()
-
-    def _project_and_insert(
-        self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor,
-        rows: Tensor, orientation: Tensor, shift: Tensor, kept: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Back-project with the kept weights `(b, o, j)`; return Σ w Re((CP)* X_t) and Σ w |CP|² by particle and shell.
-
-        A row is a particle at one fine orientation; its shifts collapse into one phase ramp Q = Σ_t w·φ_t, a matrix
-        product with the phases that all particles share.
-        """
-        grid, sums, n = self.grid, self.sums, len(batch)
-        n_pixels, n_shifts = batch.geometry.n_pixels, grid.n_translations
-        o, j = grid.orientation_children, grid.translation_children
-        phases = torch.view_as_real(
-            batch.geometry.phases(grid.fine_shifts().flatten(0, 1), n_pixels, self.dtype)
-        ).flatten(1)
-        kx, ky, padding = batch.geometry.kx, batch.geometry.ky, self.settings.padding
-        shell_matrix = batch.geometry.pixels.shell_matrix(batch.geometry.size, self.dtype)
-        aligned = batch.masked * batch.ctf
-        ctf2 = batch.ctf.square()
-        numerator = batch.unmasked * (batch.back_ctf * scale * inverse_sigma2)
-        denominator = batch.ctf * batch.back_ctf * scale.square() * inverse_sigma2
-        xa = torch.zeros((n, shell_matrix.shape[1]), dtype=torch.float64, device=rows.device)
-        aa = torch.zeros_like(xa)
-
-        # rows of (fine orientation, particle), ascending
-        block, child = torch.nonzero(kept.sum(2), as_tuple=True)
-        key = (orientation[block] * o + child) * n + rows[block]
-        order = torch.argsort(key, stable=True)
-        block, child = block[order], child[order]
-        key, row = torch.unique_consecutive(key[order], return_inverse=True)
-        first = torch.searchsorted(row, torch.arange(len(key) + 1, device=row.device))
-        per_class = grid.n_orientations * o
-        step = max(1, self.settings.chunk_elements // n_pixels)
-        for start in range(0, len(key), step):
-            keys = key[start : start + step]
-            entries = slice(int(first[start]), int(first[min(start + step, len(key))]))
-            fine, which = keys // n, keys % n
-            w = torch.zeros((len(keys), n_shifts, j), dtype=self.dtype, device=rows.device)
-            w[row[entries] - start, shift[block[entries]]] = kept[block[entries], child[entries]]
-            w = w.flatten(1)
-            weight = w.sum(1, keepdim=True)
-            ramp = torch.view_as_complex((w @ phases).unflatten(1, (n_pixels, 2)))
-            unique, inverse = torch.unique_consecutive(fine, return_inverse=True)
-            slices = self._slices(batch, unique, n_pixels, fine=True)[inverse]
-            product = slices.conj() * aligned[which] * ramp
-            xa.index_add_(0, which, (product.real @ shell_matrix).double())
-            square = torch.view_as_real(slices).square().sum(-1) * ctf2[which] * weight
-            aa.index_add_(0, which, (square @ shell_matrix).double())
-
-            added = torch.zeros((len(unique), 2 * n_pixels), dtype=self.dtype, device=rows.device)
-            added.index_add_(0, inverse, torch.view_as_real(ramp * numerator[which]).flatten(1))
-            added_weight = torch.zeros((len(unique), n_pixels), dtype=self.dtype, device=rows.device)
-            added_weight.index_add_(0, inverse, denominator[which] * weight)
-            added = torch.view_as_complex(added.unflatten(1, (n_pixels, 2)))
-            for k in range(self.model.n_classes):
-                mine = unique // per_class == k
-                if bool(mine.any()):
-                    backproject(
-                        sums.data[k], sums.weight[k], added[mine], added_weight[mine],
-                        grid.child_matrices(unique[mine] % per_class).to(self.dtype), kx, ky, padding, self.r_max,
-                    )  # fmt: skip
-        return xa, aa

@@ -298,8 +298,10 @@ def estimate_noise(
         batch = apply_circular_mask(batch, particle_diameter / (2 * optics.pixel_size))
     pixels = FourierPixels.of(optics.box, batch.device)
     transforms = pixels.gather(half_transform(batch))
-    sums = pixels.shell_matrix(optics.box, torch.float64)
-    counts = pixels.shell_counts().clamp(min=1)
+    # the column kx = 0 counts with both its halves, as in RELION
+    twice = 1.0 + ((pixels.kx == 0) & (pixels.ky > 0)).double()
+    sums = pixels.shell_matrix(optics.box, torch.float64) * twice[:, None]
+    counts = sums.sum(0).clamp(min=1)
     each = transforms.abs().square().double().mean(0) @ sums / counts
     average = transforms.mean(0).abs().square().double() @ sums / counts
     sigma2 = (each - average) / 2

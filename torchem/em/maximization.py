@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchem.em.expectation import Sums
 from torchem.em.model import Model
+from torchem.em.sums import Sums
 from torchem.imaging.masks import remove_outside
 from torchem.imaging.projection import (
+    fourier_volume,
     gridding_correction,
     make_hermitian,
     real_space_map,
@@ -188,10 +189,30 @@ def prior_from_fsc(fsc: Tensor, noise_power: Tensor, tau2_fudge: float, joined: 
     return ssnr, ssnr * noise_power
 
 
-def reference_power(volume: Tensor, padding: int, box: int) -> Tensor:
-    """`(box//2 + 1,)` double: half the mean power of a reference's Fourier volume by shell, τ² of a classification."""
-    whole = Backprojection(volume, volume.abs().square(), padding, box)
-    return whole.shell_mean(whole.weight, torch.floor(whole.radius() + 0.5).long(), border=True) / 2
+def update_classes(model: Model, sums: Sums, operators: Tensor, padding: int, r_max: int, tau2_fudge: float) -> None:
+    """New maps and spectra of the K references of a classification, in place.
+
+    Without halves to compare, τ² is half the mean power of the reference that the iteration started from, by shell,
+    and the data-vs-prior ratio the shell mean of p^d·weight·fudge·τ² (RELION's Class3D and Class2D).
+
+    Parameters
+    ----------
+    operators
+        `(g, 3, 3)` of the point group.
+    r_max
+        pixels: half the size that the sums were made at.
+    """
+    references = []
+    for k, reference in enumerate(model.references):
+        sum_ = Backprojection.of(sums.data[k], sums.weight[k], operators, padding, model.box)
+        volume = fourier_volume(reference, r_max, padding)
+        spectrum = Backprojection(volume, volume.abs().square(), padding, model.box)
+        shell = torch.floor(spectrum.radius() + 0.5).long()
+        model.tau2[k] = spectrum.shell_mean(spectrum.weight, shell, border=True) / 2
+        model.sigma2[k] = sum_.noise_power()
+        model.fourier_coverage[k], model.data_vs_prior[k] = sum_.coverage(model.tau2[k], tau2_fudge)
+        references.append(sum_.reconstruct(model.tau2[k], tau2_fudge))
+    model.references = torch.stack(references)
 
 
 def update_parameters(

@@ -9,6 +9,8 @@ import torch
 BYTES_PER_CHUNK_ELEMENT = 96
 # bytes held for each pixel of a batch: both transforms, CTFs, operands of the scores
 BYTES_PER_BATCH_PIXEL = 120
+# bytes held for each fine weight: the weight, its row, and what finding the significant ones takes
+BYTES_PER_FINE_WEIGHT = 64
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Plan:
     ----------
     chunk_elements
         complex values in one temporary of the E-step.
+    fine_weights
+        fine-pass weights held at once: particles whose weights exceed it go in several parts.
     batch_particles
         particles prepared at once.
     keep_images
@@ -26,6 +30,7 @@ class Plan:
     """
 
     chunk_elements: int
+    fine_weights: int
     batch_particles: int
     keep_images: bool
 
@@ -35,7 +40,7 @@ class Plan:
 
 
 def make_plan(n_particles: int, box: int, device: torch.device, dtype: torch.dtype) -> Plan:
-    """Divide the free memory: a quarter each for images, a batch and a chunk; the rest is for volumes.
+    """Divide the free memory: a quarter each for images, a batch, and a chunk or fine weights; the rest for volumes.
 
     Parameters
     ----------
@@ -55,7 +60,8 @@ def make_plan(n_particles: int, box: int, device: torch.device, dtype: torch.dty
     # larger chunks than this gain nothing: on a CPU they should stay near its caches
     largest = 2**21 if device.type == "cpu" else 2**27
     chunk = max(2**16, min(largest, quarter // (BYTES_PER_CHUNK_ELEMENT * width)))
-    return Plan(chunk_elements=int(chunk), batch_particles=int(batch), keep_images=bool(keep))
+    weights = max(2**16, min(2**28, quarter // (BYTES_PER_FINE_WEIGHT * width)))
+    return Plan(chunk_elements=int(chunk), fine_weights=int(weights), batch_particles=int(batch), keep_images=bool(keep))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchem.data.particles import Particles
 from torchem.em import schedule
-from torchem.em.expectation import Expectation, ExpectationSettings, Sums
+from torchem.em.expectation import Expectation, ExpectationSettings
 from torchem.em.images import ImageGeometry, ParticleImages, estimate_noise, prepare_images
 from torchem.em.maximization import (
     Backprojection,
@@ -32,6 +32,7 @@ from torchem.em.options import RefineOptions
 from torchem.em.output import Output, load_checkpoint
 from torchem.em.plan import make_plan
 from torchem.em.sampling import Grid, Sampling
+from torchem.em.sums import Sums
 from torchem.errors import InputError
 from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform
 from torchem.imaging.masks import soft_sphere
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 
 PADDING = 2
 MASK_EDGE_PX = 5.0
-# RELION joins the halves at low resolution at least as far as the data are known
 FSC_THRESHOLD = 0.143
 
 
@@ -267,7 +267,7 @@ class Refiner:
         settings = ExpectationSettings(
             current_size=state.current_size, coarse_size=state.coarse_size,
             adaptive_fraction=self.options.sampling.adaptive_fraction, cross_correlation=cross_correlation,
-            local_sigma=state.local_sigma, padding=PADDING, chunk_elements=self.plan.chunk_elements,
+            local_sigma=state.local_sigma, padding=PADDING, chunk_elements=self.plan.chunk_elements, fine_weights=self.plan.fine_weights,
         )  # fmt: skip
         found = _zero_poses(len(self.particles))
         done = torch.zeros(len(self.particles))
@@ -392,11 +392,11 @@ class Refiner:
     # schedule and files
 
     def _estimate_accuracy(self) -> None:
-        """How well the data can tell poses apart, from 100 particles of the first half (all ranks alike)."""
+        """How well the data can tell poses apart, from 100 particles and the first half's map (all ranks alike)."""
         state = self.state
-        first = torch.nonzero((state.subset == 0) & (self.optics_group == self.optics_group[state.subset == 0][0]))[:, 0]
-        chosen = first[torch.randperm(len(first), generator=state.generator)[: schedule.ACCURACY_PARTICLES]]
-        group = int(self.optics_group[chosen[0]])
+        shuffled = torch.randperm(len(self.particles), generator=state.generator)
+        group = int(self.optics_group[shuffled[0]])
+        chosen = shuffled[self.optics_group[shuffled] == group][: schedule.ACCURACY_PARTICLES]
         geometry = ImageGeometry.of(
             self.optics[group], state.current_size, self.box, self.pixel_size, self.dtype, self.device
         )

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# of the histogram of each row's log weights
+BINS = 1024
+
 
 def row_logsumexp(log_weights: Tensor, rows: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """Maximum and log of the sum of exponentials of each row of a ragged list.
@@ -48,20 +51,31 @@ def significant_samples(
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it must be in (0, 1]")
-    # below this, all samples of a row together cannot reach the threshold: only the others are sorted
-    counts = torch.bincount(rows, minlength=len(log_totals))
-    floor = log_totals + torch.log((1 - fraction) * 1e-3 / counts.clamp(min=1))
-    candidates = torch.nonzero(log_weights >= floor[rows])[:, 0]
-    kept_rows, values = rows[candidates], log_weights[candidates]
-    order = torch.argsort(values, descending=True, stable=True)
-    order = order[torch.argsort(kept_rows[order], stable=True)]
-    sorted_rows, sorted_values = kept_rows[order], values[order]
-    weights = (sorted_values.double() - log_totals[sorted_rows]).exp()
+    n_rows = len(log_totals)
+    below = log_totals[rows] - log_weights  # nats under the row's total, >= 0 but for rounding
+    # a sample that far down cannot be needed: all such samples of a row together do not reach the rest
+    counts = torch.bincount(rows, minlength=n_rows).clamp(min=1)
+    deepest = torch.log(counts / max((1 - fraction) * 1e-3, 1e-300))
+    candidates = below <= deepest[rows]
+    # find the bin of log weights in which the sum passes the fraction; only that bin is sorted
+    width = (deepest / BINS)[rows]
+    bins = rows * BINS + (below / width).long().clamp(0, BINS - 1)
+    mass = torch.zeros(n_rows * BINS, dtype=torch.float64, device=rows.device)
+    mass.index_add_(0, bins, torch.where(candidates, torch.exp(-below.double()), 0.0))
+    reached = torch.cumsum(mass.view(n_rows, BINS), 1)
+    crossing = torch.searchsorted(reached, torch.full((n_rows, 1), fraction, device=rows.device, dtype=reached.dtype),
+                                  right=True)[:, 0]  # fmt: skip
+    crossing_bin = torch.arange(n_rows, device=rows.device) * BINS + crossing
+    undecided = torch.nonzero(candidates & (bins == crossing_bin[rows]))[:, 0]
+    undecided = undecided[torch.argsort(log_weights[undecided], descending=True, stable=True)]
+    undecided = undecided[torch.argsort(rows[undecided], stable=True)]
+    row = rows[undecided]
+    weights = torch.exp(-below[undecided].double())
     before = torch.cumsum(weights, 0) - weights
-    counts = torch.bincount(kept_rows, minlength=len(log_totals))
+    counts = torch.bincount(row, minlength=n_rows)
     first = torch.cumsum(counts, 0) - counts
-    before = before - before[first[sorted_rows]]
-    taken = torch.where(before <= fraction, sorted_values, torch.inf)
-    threshold = torch.full((len(log_totals),), torch.inf, dtype=log_weights.dtype, device=log_weights.device)
-    threshold.scatter_reduce_(0, sorted_rows, taken, "amin")
-    return log_weights >= threshold[rows]
+    above = torch.where(crossing > 0, reached.gather(1, (crossing - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    taken = before - before[first[row]] + above[row] <= fraction
+    threshold = torch.full((n_rows,), torch.inf, dtype=log_weights.dtype, device=rows.device)
+    threshold.scatter_reduce_(0, row, torch.where(taken, log_weights[undecided], torch.inf), "amin")
+    return candidates & ((bins < crossing_bin[rows]) | (log_weights >= threshold[rows]))
