@@ -365,7 +365,8 @@ def _reached(state: RunState) -> str:
     optimiser = "run" if state.finished else f"run_it{state.iteration:03d}"
     iteration = read_star(state.folder / f"{optimiser}_optimiser.star")["optimiser_general"]["rlnCurrentIteration"]
     how = "converged" if state.finished else "stopped at max_iterations before convergence"
-    return f"{how} at {angst:.2f} Å (gold-standard FSC 0.143, no mask) after iteration {iteration}"
+    limit = "" if len(below) else ", the limit of these pixels"
+    return f"{how} at {angst:.2f} Å{limit} (gold-standard FSC 0.143, no mask) after iteration {iteration}"
 
 
 if __name__ == "__main__":
