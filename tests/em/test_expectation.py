@@ -1,0 +1,145 @@
+"""The E-step against a plain NumPy implementation, and truths that hold by themselves."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.em import plain_em as em
+from tests.em.torch_problem import CASES, Converted, Recorder, of_case, plain_half_space, relative_rms, solved
+from torchem.em import expectation as expectation_module
+from torchem.em.expectation import Expectation
+
+# how far log weights may differ, how near to a threshold a sample must be to fall on its other side, and sums
+TOLERANCES = {torch.float64: (1e-8, 1e-6, 1e-9), torch.float32: (0.01, 1e-3, 1e-3)}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+EVERY_CASE = pytest.mark.parametrize("name", CASES)
+# samples further than this below the best carry no weight
+DEPTH = 20
+PATHS = {"sparse": 2.0, "dense": 0.0}
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of the fine pass, whatever share of the samples is significant."""
+    monkeypatch.setattr(expectation_module, "DENSE_SUPPORT", PATHS[request.param])
+    return request.param
+
+
+@pytest.fixture
+def sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fine pass by blocks, whose weights can be looked at."""
+    monkeypatch.setattr(expectation_module, "DENSE_SUPPORT", PATHS["sparse"])
+
+
+def written_out(shape: tuple[int, ...], particle: Tensor, column: Tensor, values: Tensor) -> np.ndarray:
+    """A ragged list of samples in the plain implementation's shape, -inf where there is none."""
+    n, children = shape[0], values[0].numel()
+    out = torch.full((n, int(np.prod(shape[1:])) // children, children), -torch.inf, dtype=torch.float64)
+    out[particle, column] = values.reshape(len(values), -1).double()
+    return out.numpy().reshape(shape)
+
+
+def assert_same_log_weights(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Equal up to a constant of each particle, in both's samples within DEPTH of the best."""
+    for mine, plain in zip(found, expected, strict=True):
+        deep = plain > plain[np.isfinite(mine)].max() - DEPTH
+        deep &= np.isfinite(mine)
+        shift = mine[deep].max() - plain[deep].max()
+        assert np.abs(mine[deep] - plain[deep] - shift).max() < tolerance
+
+
+def samples_of(case: Converted, run: Recorder) -> np.ndarray:
+    """`(n, columns)` which coarse samples were found significant."""
+    columns = case.model.n_classes * case.grid.n_orientations * case.grid.n_translations
+    out = np.zeros((len(case.batch), columns), bool)
+    for samples in run.samples:
+        out[samples.particle, samples.column] = True
+    return out
+
+
+@EVERY_CASE
+@DTYPES
+def test_log_weights_of_the_coarse_pass(name: str, dtype: torch.dtype) -> None:
+    _, (plain,) = solved(name)
+    case = of_case(name, dtype=dtype)
+    run = case.run()
+    particle, column, log_weight = (torch.cat([c[i] for c in run.candidates]) for i in range(3))
+    found = written_out(plain.coarse.shape, particle, column, log_weight)
+    assert_same_log_weights(found, plain.coarse, TOLERANCES[dtype][0])
+    if not case.settings.cross_correlation:
+        left_out = np.where(np.isfinite(found), -np.inf, plain.coarse).reshape(len(found), -1)
+        everything = plain.coarse.reshape(len(found), -1)
+        share = np.exp(left_out - everything.max(1, keepdims=True)).sum(1)
+        assert (share < 1e-6 * np.exp(everything - everything.max(1, keepdims=True)).sum(1)).all()
+
+
+@EVERY_CASE
+@DTYPES
+def test_significant_samples(name: str, dtype: torch.dtype) -> None:
+    _, (plain,) = solved(name)
+    case = of_case(name, dtype=dtype)
+    found = samples_of(case, case.run())
+    expected, weights = (a.reshape(found.shape) for a in (plain.significant, plain.coarse))
+    threshold = np.where(expected, weights, np.inf).min(1, keepdims=True)
+    near = np.abs(weights - threshold) < TOLERANCES[dtype][1]
+    assert (found == expected)[~near].all()
+    assert near.sum() < 3 * len(found)
+    if dtype == torch.float64:
+        assert (case.found.significant.numpy() == plain.n_significant).all()
+
+
+@EVERY_CASE
+@DTYPES
+@pytest.mark.usefixtures("sparse")
+def test_log_weights_of_the_fine_pass(name: str, dtype: torch.dtype) -> None:
+    _, (plain,) = solved(name)
+    case = of_case(name, dtype=dtype)
+    ((samples, weights, log_total),) = case.run().fine
+    children = (len(samples.column), -1)
+    found = written_out(plain.fine.shape, samples.particle, samples.column, weights.values().reshape(children))
+    assert_same_log_weights(found, plain.fine, TOLERANCES[dtype][0])
+    if not case.settings.cross_correlation:
+        pmax = np.exp(found.reshape(len(found), -1).max(1) - log_total.numpy())
+        assert np.abs(pmax - plain.pmax).max() < TOLERANCES[dtype][0]
+
+
+@EVERY_CASE
+@DTYPES
+def test_sums(name: str, dtype: torch.dtype, path: str) -> None:
+    problem, (plain,) = solved(name)
+    case = of_case(name, dtype=dtype)
+    sums = case.run(Expectation).sums
+    tolerance = TOLERANCES[dtype][2]
+    half = (Ellipsis, slice(1, None))  # the plane x = 0 is completed by its mates later
+    assert relative_rms(sums.data[half], plain_half_space(problem, plain.data)[half]) < tolerance
+    assert relative_rms(sums.weight[half], plain_half_space(problem, plain.weight)[half]) < tolerance
+    assert relative_rms(sums.noise[0], plain.noise) < tolerance
+    assert relative_rms(sums.scale_xa, plain.xa) < tolerance
+    assert relative_rms(sums.scale_aa, plain.aa) < tolerance
+    assert relative_rms(sums.pdf_direction, plain.pdf_direction) < tolerance
+    assert relative_rms(sums.class_offset, plain.prior_offset) < tolerance
+    assert float(sums.offset_square) == pytest.approx(plain.offset, rel=tolerance)
+    assert float(sums.noise_weight[0]) == pytest.approx(plain.sum_weight, rel=tolerance)
+    assert float(sums.norm) == pytest.approx(plain.norm.sum(), rel=tolerance)
+    assert float(sums.pmax) == pytest.approx(plain.pmax.sum(), rel=tolerance)
+    assert float(sums.particles) == len(plain.norm)
+    assert sums.group_weight.tolist() == np.bincount(problem.halves[0].group).tolist()
+
+
+@EVERY_CASE
+@DTYPES
+def test_figures_of_each_particle(name: str, dtype: torch.dtype, path: str) -> None:
+    problem, (plain,) = solved(name)
+    case = of_case(name, dtype=dtype)
+    case.run(Expectation)
+    found, tolerance = case.found, TOLERANCES[dtype]
+    assert np.abs(found.log_likelihood.numpy() - plain.log_likelihood).max() < tolerance[0]
+    assert np.abs(found.norm_correction.numpy() / plain.norm - 1).max() < tolerance[2]
+    assert np.abs(found.pmax.numpy() - plain.pmax).max() < tolerance[0]
+    assert (found.class_number.numpy() == plain.best_class).all()
+    assert np.abs(found.offset_angst.numpy() - plain.origins_angst).max() < 1e-9
+    matrices = np.array([em.rotation(*euler) for euler in plain.euler])
+    assert np.abs(found.euler_matrix.numpy() - matrices).max() < 1e-9
