@@ -1,9 +1,9 @@
 """The E-step of one half: coarse pass, significant samples, fine pass, weighted sums.
 
 Shapes: n particles of a batch, k classes, r coarse orientations, t coarse translations, p Fourier pixels, b significant
-samples (blocks), o and j the orientation and translation children of a
-sample. Orientations are numbered class-major; rows and blocks are worked through orientation by orientation, so that
-a slice is cut once for all its particles, and their numerators are added before anything is scattered.
+samples (blocks), o and j the orientation and translation children of a sample. Orientations are numbered class-major;
+pairs of particle and orientation are worked through orientation by orientation, so that a slice is cut once for all
+its particles, and their numerators are added before anything is scattered.
 """
 
 from collections.abc import Iterator
@@ -171,9 +171,10 @@ class Expectation:
         ctf = batch.ctf[:, :n_pixels] * scale
         masked = batch.masked[:, :n_pixels]
         if self.settings.cross_correlation:
-            # RELION sums the correlation over the whole window: all of the column kx = 0, corners of the image too
+            # RELION sums the correlation over the whole window: the column kx = 0 with the mates that lie in it
             pixels = batch.geometry.pixels
-            twice = 1 + ((pixels.kx == 0) & (pixels.ky > 0))[:n_pixels].to(self.dtype)
+            border = pixels.shell[n_pixels - 1]
+            twice = 1 + ((pixels.kx == 0) & (pixels.ky > 0) & (pixels.ky < border))[:n_pixels].to(self.dtype)
             return masked * (ctf * twice), ctf.square() * twice, batch.window_power.to(self.dtype)
         inverse_sigma2 = inverse_sigma2[:n_pixels].clone()
         inverse_sigma2[0] = 0  # the origin takes no part
@@ -269,6 +270,10 @@ class Expectation:
         per_class = self.grid.n_orientations
         n_orientations = torch.bincount(particle, minlength=len(batch))
         orientation_prior = orientation_prior + n_orientations[particle].double().log()  # relative to the mean
+        # every class is searched around the last pose
+        classes = torch.arange(self.model.n_classes, device=images.device)[:, None]
+        particle, orientation_prior = (x.repeat(len(classes)) for x in (particle, orientation_prior))
+        orientation = (classes * per_class + orientation).flatten()
         order = torch.argsort(orientation, stable=True)
         log_weight = torch.empty((len(particle), n_shifts), dtype=torch.float64, device=images.device)
         log_prior = orientation_prior[:, None] + offset_prior[particle, orientation // per_class]

@@ -299,7 +299,7 @@ def estimate_noise(
     pixels = FourierPixels.of(optics.box, batch.device)
     transforms = pixels.gather(half_transform(batch))
     # the column kx = 0 counts with both its halves, as in RELION
-    twice = 1.0 + ((pixels.kx == 0) & (pixels.ky > 0)).double()
+    twice = 1.0 + ((pixels.kx == 0) & (pixels.ky > 0) & (pixels.ky < optics.box // 2)).double()
     sums = pixels.shell_matrix(optics.box, torch.float64) * twice[:, None]
     counts = sums.sum(0).clamp(min=1)
     each = transforms.abs().square().double().mean(0) @ sums / counts

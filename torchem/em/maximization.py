@@ -99,8 +99,7 @@ class Backprojection:
         usable = (radius <= self.r_max) & (weight > 0)
         quotient = torch.where(usable, self.data.to(torch.complex128) / torch.where(usable, weight, 1.0), 0.0)
         map_ = real_space_map(quotient.to(self.data.dtype), self.box, self.padding)
-        if map_.ndim == 3:
-            map_ = remove_outside(map_, self.box / 2)
+        map_ = remove_outside(map_, self.box / 2)
         return map_ / gridding_correction(self.box, self.padding, map_.ndim, map_.dtype, map_.device)
 
     def noise_power(self) -> Tensor:
@@ -244,7 +243,8 @@ def update_parameters(
         model.prior_offset = sums.class_offset / total
     model.sigma_offset = math.sqrt(max(float(sums.offset_square / (2 * total)), SIGMA_OFFSET_MINIMUM2))
     model.average_pmax = float(sums.pmax / total)
-    model.log_likelihood = float(sums.log_likelihood)
+    # of a correlation the mean says something
+    model.log_likelihood = float(sums.log_likelihood / (sums.particles if cross_correlation else 1))
     if cross_correlation:
         return
     for group, (noise, counts) in enumerate(zip(sums.noise, shell_counts, strict=True)):

@@ -53,8 +53,8 @@ def apply_circular_mask(images: Tensor, radius_px: float, edge_px: float = 5.0, 
 
 
 def remove_outside(volume: Tensor, radius_px: float, edge_px: float = 3.0) -> Tensor:
-    """Replace what lies outside a soft sphere by its mean weighted by 1 − mask; `(..., L, L, L)`, pixels."""
-    mask = soft_sphere(volume.shape[-1], radius_px, edge_px, 3, volume.dtype, volume.device)
+    """Replace what lies outside a soft sphere (disc) by its mean weighted by 1 − mask; `(L, L, L)` or `(L, L)`."""
+    mask = soft_sphere(volume.shape[-1], radius_px, edge_px, volume.ndim, volume.dtype, volume.device)
     return _replace_outside(volume, mask, None)
 
 
