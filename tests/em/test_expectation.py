@@ -1,16 +1,18 @@
 """The E-step against a plain NumPy implementation, and truths that hold by themselves."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.em import plain_em as em
-from tests.em.torch_problem import CASES, Converted, Recorder, of_case, plain_half_space, relative_rms, solved
+from tests.em.torch_problem import CASES, CPU, Converted, Recorder, of_case, plain_half_space, relative_rms, solved
 from torchem.em import expectation as expectation_module
-from torchem.em.expectation import Expectation
+from torchem.em.expectation import Expectation, ExpectationSettings
+from torchem.em.images import ImageGeometry, prepare_images
+from torchem.em.model import Model
+from torchem.em.sampling import Grid, Sampling
+from torchem.imaging.ctf import Optics
 
 # how far log weights may differ, how near to a threshold a sample must be to fall on its other side, and sums
 TOLERANCES = {torch.float64: (1e-8, 1e-6, 1e-9), torch.float32: (0.01, 1e-3, 1e-3)}
@@ -132,7 +134,7 @@ def test_sums(name: str, dtype: torch.dtype, path: str) -> None:
 @EVERY_CASE
 @DTYPES
 def test_figures_of_each_particle(name: str, dtype: torch.dtype, path: str) -> None:
-    problem, (plain,) = solved(name)
+    _, (plain,) = solved(name)
     case = of_case(name, dtype=dtype)
     case.run(Expectation)
     found, tolerance = case.found, TOLERANCES[dtype]
@@ -143,3 +145,98 @@ def test_figures_of_each_particle(name: str, dtype: torch.dtype, path: str) -> N
     assert np.abs(found.offset_angst.numpy() - plain.origins_angst).max() < 1e-9
     matrices = np.array([em.rotation(*euler) for euler in plain.euler])
     assert np.abs(found.euler_matrix.numpy() - matrices).max() < 1e-9
+
+
+@EVERY_CASE
+def test_dense_and_sparse_sums_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = []
+    for support in PATHS.values():
+        monkeypatch.setattr(expectation_module, "DENSE_SUPPORT", support)
+        sums.append(of_case(name).run(Expectation).sums)
+    for one, other in zip(sums[0].tensors(), sums[1].tensors(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-12 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["3D, two classes", "3D, local", "2D, two classes, correlation"])
+def test_batches_and_chunks_do_not_matter(name: str, path: str) -> None:
+    whole = of_case(name)
+    expected = whole.run(Expectation).sums
+    case = of_case(name, chunk_elements=3000, fine_weights=2000)
+    run = Expectation(case.model, case.grid, case.settings, case.operators)
+    found = []
+    for start, stop in ((0, 7), (7, 8), (8, 20)):
+        part = slice(start, stop)
+        found.append(run(case.batch[part], 0, case.group[part], case.norm[part], case.euler[part]))
+    for one, other in zip(run.sums.tensors(), expected.tensors(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-12 * float(other.abs().max()))
+    for field, value in vars(whole.found).items():
+        assert torch.allclose(torch.cat([getattr(f, field) for f in found]), value, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["3D", "3D, local", "2D, two classes"])
+def test_kept_weights_are_nearly_everything(name: str, path: str) -> None:
+    case = of_case(name)
+    for i in range(len(case.batch)):
+        run = Expectation(case.model, case.grid, case.settings, case.operators)
+        one = slice(i, i + 1)
+        run(case.batch[one], 0, case.group[one], case.norm[one], case.euler[one])
+        assert 0.999 <= float(run.sums.noise_weight[0]) <= 1 + 1e-12
+        assert float(run.sums.pdf_direction.sum()) == pytest.approx(float(run.sums.noise_weight[0]))
+
+
+def test_directions_without_probability_stay_empty() -> None:
+    case = of_case("3D, two classes")
+    sums = case.run(Expectation).sums
+    dead = case.model.pdf_direction == 0
+    assert dead.any()
+    assert not sums.pdf_direction[dead].any()
+
+
+def blobs(box: int, pixel_size: float, matrix: Tensor, ndim: int) -> Tensor:
+    """Gaussian blobs (ndim 3), or what they project to, in grey values that do not depend on the pixel size."""
+    width = 9.0  # Å
+    centres = torch.tensor([[20.0, 3, -8], [-6, 14, 10], [2, -18, -4], [-15, -5, 16]], dtype=torch.float64)
+    axis = (torch.arange(box, dtype=torch.float64) - box // 2) * pixel_size
+    grid = torch.stack(torch.meshgrid(*[axis] * ndim, indexing="ij")[::-1], -1)
+    moved = (centres @ matrix.T)[:, :ndim]
+    square = (grid[..., None, :] - moved).square().sum(-1)
+    weight = torch.tensor([1.0, 0.7, 1.3, 0.9], dtype=torch.float64)
+    height = 1 if ndim == 3 else np.sqrt(2 * np.pi) * width / REFERENCE_PIXEL
+    return (torch.exp(-square / (2 * width**2)) * weight).sum(-1) * height
+
+
+REFERENCE_BOX, REFERENCE_PIXEL = 32, 4.0
+
+
+@pytest.mark.parametrize(("box", "pixel_size"), [(32, 4.0), (48, 3.0), (40, 4.0), (26, 5.0)])
+def test_optics_groups_of_other_pixel_and_box(box: int, pixel_size: float) -> None:
+    """Particles of any sampling fit the same reference, and so score and count alike."""
+    sampling = Sampling("C1", offset_range=1.0, offset_step=4.0, healpix_order=1)
+    grid = Grid(sampling)
+    reference = blobs(REFERENCE_BOX, REFERENCE_PIXEL, torch.eye(3).double(), 3)
+    size = 20
+    true = torch.tensor([1234, 77, 3003])
+    matrices = grid.child_matrices(true)
+    images = torch.stack([blobs(box, pixel_size, m, 2) for m in matrices])
+    optics = Optics("other", 300.0, 2.7, 0.1, pixel_size, box)
+    geometry = ImageGeometry.of(optics, size, REFERENCE_BOX, REFERENCE_PIXEL, torch.float64, CPU)
+    batch = prepare_images(
+        images, torch.arange(3), geometry, None, torch.ones(3), torch.zeros((3, 2)).double(), 0.9 * box * pixel_size,
+        None, 0,
+    )  # fmt: skip
+    # the references' other optics group comes first
+    level = 1e-7 * (REFERENCE_BOX * REFERENCE_PIXEL / box / pixel_size) ** 2
+    noise = [torch.full((REFERENCE_BOX // 2 + 1,), 1e-7).double(), torch.full((box // 2 + 1,), level).double()]
+    model = Model.initial(reference[None], noise, grid.n_directions, 1)
+    settings = ExpectationSettings(current_size=size, coarse_size=size)
+    run = Expectation(model, grid, settings, torch.eye(3).double()[None])
+    found = run(batch, 1, torch.zeros(3, dtype=torch.int64), torch.ones(3), torch.zeros((3, 3)).double())
+    assert torch.allclose(found.euler_matrix, matrices)
+    # what is left over is the error of the interpolation, and the little that the projections have beyond the window
+    power = batch.power.sum()
+    assert float(run.sums.noise[1][: geometry.size // 2 + 1].sum() / power) < 1e-3
+    assert not run.sums.noise[0].any()
+    assert run.sums.noise_weight[0] == 0
+    slices = run.references.slices(geometry, true.sort().values, geometry.n_pixels, fine=True)
+    agreement = (slices * batch.ctf - batch.masked[true.sort().indices]).abs().square().sum()
+    assert float(agreement) < 1e-3 * float(batch.masked.abs().square().sum())

@@ -1,11 +1,8 @@
 """The M-step against a plain NumPy implementation, and what a reconstruction must hold."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from tests.em import plain_em as em
 from tests.em.torch_problem import CASES, Converted, of_case, relative_rms, solved

@@ -27,21 +27,21 @@ class Recorder(Expectation):
         self.samples: list[Samples] = []
         self.fine: list[tuple[Samples, Tensor, Tensor]] = []
 
-    def _global_candidates(self, *args):  # noqa: ANN002, ANN202
+    def _global_candidates(self, *args):
         for part in super()._global_candidates(*args):
             self.candidates.append(part)
             yield part
 
-    def _local_candidates(self, *args):  # noqa: ANN002, ANN202
+    def _local_candidates(self, *args):
         for part in super()._local_candidates(*args):
             self.candidates.append(part)
             yield part
 
-    def _coarse_pass(self, *args) -> Samples:  # noqa: ANN002
+    def _coarse_pass(self, *args) -> Samples:
         self.samples.append(super()._coarse_pass(*args))
         return self.samples[-1]
 
-    def _fine_pass(self, *args) -> tuple[Tensor, Tensor]:  # noqa: ANN002
+    def _fine_pass(self, *args) -> tuple[Tensor, Tensor]:
         weights, log_total = super()._fine_pass(*args)
         self.fine.append((args[3], weights, log_total))
         return weights, log_total
