@@ -211,7 +211,7 @@ REFERENCE_BOX, REFERENCE_PIXEL = 32, 4.0
 @pytest.mark.parametrize(("box", "pixel_size"), [(32, 4.0), (48, 3.0), (40, 4.0), (26, 5.0)])
 def test_optics_groups_of_other_pixel_and_box(box: int, pixel_size: float) -> None:
     """Particles of any sampling fit the same reference, and so score and count alike."""
-    sampling = Sampling("C1", offset_range=1.0, offset_step=4.0, healpix_order=1)
+    sampling = Sampling("C1", offset_range=0.1, offset_step=0.4, healpix_order=1)
     grid = Grid(sampling)
     reference = blobs(REFERENCE_BOX, REFERENCE_PIXEL, torch.eye(3).double(), 3)
     size = 20
