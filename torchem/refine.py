@@ -123,7 +123,7 @@ def refine(options: RefineOptions, folder: Path, world: World, progress: Progres
 
     job = world.first(first)
     if not finished(job):
-        _iterate(job, inputs or load(job.options, checked=False), world)
+        _iterate(job, inputs or load(job.options, checked=False), world, progress)
     if world.rank == 0:
         _conclude(job)
 
@@ -299,7 +299,7 @@ def _bytes_of_run(n_particles: int, box: int) -> int:
     return 20 * (2 * 2 * 4 * box**3 + 700 * n_particles)
 
 
-def _iterate(job: Job, inputs: Inputs, world: World) -> None:
+def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None:
     from torchem.em.refiner import Refiner
 
     state = job.state
@@ -310,7 +310,7 @@ def _iterate(job: Job, inputs: Inputs, world: World) -> None:
     make = Refiner if state.iteration is None else Refiner.resume
     refiner = make(
         job.options, inputs.particles, inputs.reference, inputs.mask,
-        folder=state.folder, world=world, simulated=job.simulated,
+        folder=state.folder, world=world, simulated=job.simulated, progress=progress.task("particles"),
     )  # fmt: skip
     for iteration in refiner:
         log.info("%s", _line(iteration, job))

@@ -194,11 +194,11 @@ class Expectation:
         phases = batch.geometry.phases(self.grid.coarse_shifts(), n_pixels, self.dtype)
         operands = self._score_operands(batch, inverse_sigma2, scale, n_pixels)
         offset_prior = self._offset_log_prior(batch)
-        local = self.settings.local_sigma is not None
+        sigma = self.settings.local_sigma
         parts = (
-            self._local_candidates(batch, operands, phases, offset_prior, last_euler)
-            if local
-            else self._global_candidates(batch, operands, phases, offset_prior)
+            self._global_candidates(batch, operands, phases, offset_prior)
+            if sigma is None
+            else self._local_candidates(batch, operands, phases, offset_prior, last_euler, sigma)
         )
         particle, column, log_weight, log_prior, log_total = (torch.cat(p) for p in zip(*parts, strict=True))
         if self.settings.cross_correlation:
@@ -259,21 +259,21 @@ class Expectation:
         return prior.repeat_interleave(self.grid.n_psi)
 
     def _local_candidates(
-        self, batch: ImageBatch, operands: tuple, phases: Tensor, offset_prior: Tensor, last_euler: Tensor
-    ) -> Iterator[tuple[Tensor, ...]]:
+        self, batch: ImageBatch, operands: tuple, phases: Tensor, offset_prior: Tensor, last_euler: Tensor,
+        sigma: float,
+    ) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
         """Samples of the orientations around each particle's last pose."""
         images, weights, power = operands
         n_pixels, n_shifts = images.shape[1], len(phases)
-        particle, orientation, orientation_prior = self.grid.local_orientations(
-            last_euler, self.settings.local_sigma, self.operators
-        )
+        particle, orientation, orientation_prior = self.grid.local_orientations(last_euler, sigma, self.operators)
         per_class = self.grid.n_orientations
         n_orientations = torch.bincount(particle, minlength=len(batch))
         orientation_prior = orientation_prior + n_orientations[particle].double().log()  # relative to the mean
         # every class is searched around the last pose
         classes = torch.arange(self.model.n_classes, device=images.device)[:, None]
-        particle, orientation_prior = (x.repeat(len(classes)) for x in (particle, orientation_prior))
         orientation = (classes * per_class + orientation).flatten()
+        particle, order = particle.repeat(len(classes)).sort(stable=True)
+        orientation, orientation_prior = orientation[order], orientation_prior.repeat(len(classes))[order]
         order = torch.argsort(orientation, stable=True)
         log_weight = torch.empty((len(particle), n_shifts), dtype=torch.float64, device=images.device)
         log_prior = orientation_prior[:, None] + offset_prior[particle, orientation // per_class]
@@ -356,7 +356,7 @@ class Expectation:
         return torch.cat(parts)
 
     def _pair_scores(self, batch: ImageBatch, operands: tuple, phases: Tensor, samples: Samples) -> Tensor:
-        """Scores `(b, o, j)`: each particle with the children of its significant orientations, at all shifts at once."""
+        """Scores `(b, o, j)`: each particle with its significant orientations' children, at all shifts at once."""
         grid, n_pixels = self.grid, batch.geometry.n_pixels
         n_shifts, o, j = grid.n_translations, grid.orientation_children, grid.translation_children
         images, weights, power = operands

@@ -72,6 +72,10 @@ class Model:
             norm_average=norm_average,
         )
 
+    def spread_directions(self, n_directions: int) -> None:
+        """Start on a new grid: each class's probability, flat over its directions."""
+        self.pdf_direction = (self.pdf_class[:, None] / n_directions).repeat(1, n_directions)
+
     @property
     def n_classes(self) -> int:
         return len(self.references)

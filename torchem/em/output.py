@@ -6,6 +6,7 @@ Files are written under temporary names; the optimiser file comes last and marks
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class Output:
                 completeness=coverage,
                 sigma2=model.sigma2[k].cpu().numpy(),
                 tau2=model.tau2[k].cpu().numpy(),
-                orientability=state.orientability.cpu().numpy(),
+                orientability=state.orientability.numpy(),
                 pdf_direction=model.pdf_direction[k].cpu().numpy() if model.ndim == 3 else None,
             ))  # fmt: skip
         write_model(self.folder / f"{stem}_model.star", ModelFile(
@@ -159,7 +160,7 @@ class Output:
             split_random_halves=len(state.halves) == 2,
             low_resol_join_halves=options.sampling.low_resol_join_halves,
             oversampling=options.sampling.oversampling, adaptive_fraction=options.sampling.adaptive_fraction,
-            random_seed=options.seed, particle_diameter=options.dataset.particle_diameter,
+            random_seed=options.seed, particle_diameter=options.dataset.particle_diameter or 0.0,
             zero_mask=options.zero_mask, solvent_correct_fsc=options.solvent_correct_fsc,
             solvent_mask=options.reference.mask or "None", incr_size=state.size_increment, auto_refine=True,
             local_healpix_order=options.sampling.local_healpix_order,
@@ -197,11 +198,10 @@ class Output:
 def save_checkpoint(path: Path, state: State) -> None:
     """Write all of a state, exactly; the same state gives the same bytes."""
     plain = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    plain["halves"] = [{k: _on_cpu(v) for k, v in vars(half).items()} for half in state.halves]
+    plain["halves"] = [_on_device(vars(half), torch.device("cpu")) for half in state.halves]
     plain["sampling"] = dataclasses.asdict(state.sampling)
     plain["poses"] = dict(vars(state.poses))
     plain["generator"] = state.generator.get_state()
-    plain["orientability"] = state.orientability.cpu()
     buffer = io.BytesIO()
     torch.save(plain, buffer)
     with replacing(path) as temporary:
@@ -211,21 +211,18 @@ def save_checkpoint(path: Path, state: State) -> None:
 def load_checkpoint(path: Path, device: torch.device) -> State:
     """Read :func:`save_checkpoint`'s file, the models onto a device."""
     plain = torch.load(path, map_location="cpu", weights_only=True)
-    plain["halves"] = [Model(**{k: _on_device(v, device) for k, v in half.items()}) for half in plain["halves"]]
+    plain["halves"] = [Model(**_on_device(half, device)) for half in plain["halves"]]
     plain["sampling"] = Sampling(**plain["sampling"])
     plain["poses"] = Poses(**plain["poses"])
     generator = torch.Generator()
     generator.set_state(plain["generator"])
     plain["generator"] = generator
-    plain["orientability"] = plain["orientability"].to(device)
     return State(**plain)
 
 
-def _on_cpu(value: object) -> object:
-    return _on_device(value, torch.device("cpu"))
-
-
-def _on_device(value: object, device: torch.device) -> object:
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {k: _on_device(v, device) for k, v in value.items()}
     if isinstance(value, list):
         return [_on_device(v, device) for v in value]
     # a view would bring its whole storage along

@@ -36,7 +36,8 @@ class Plan:
 
     def __str__(self) -> str:
         kept = "images stay on the device" if self.keep_images else "images are read again in every iteration"
-        return f"batches of {self.batch_particles} particles, chunks of {self.chunk_elements / 1e6:.3g} M pixels, {kept}"
+        chunks = f"{self.chunk_elements / 1e6:.3g} M pixels, {self.fine_weights / 1e6:.3g} M fine weights"
+        return f"batches of {self.batch_particles} particles, chunks of {chunks}; {kept}"
 
 
 def make_plan(n_particles: int, box: int, device: torch.device, dtype: torch.dtype) -> Plan:
@@ -61,7 +62,7 @@ def make_plan(n_particles: int, box: int, device: torch.device, dtype: torch.dty
     largest = 2**21 if device.type == "cpu" else 2**27
     chunk = max(2**16, min(largest, quarter // (BYTES_PER_CHUNK_ELEMENT * width)))
     weights = max(2**16, min(2**28, quarter // (BYTES_PER_FINE_WEIGHT * width)))
-    return Plan(chunk_elements=int(chunk), fine_weights=int(weights), batch_particles=int(batch), keep_images=bool(keep))
+    return Plan(chunk_elements=chunk, fine_weights=weights, batch_particles=batch, keep_images=keep)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -8,7 +8,7 @@ a grid that is finer than the data can tell apart; a last iteration joins the ha
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,25 +19,20 @@ from torch import Tensor
 from torchem.data.particles import Particles
 from torchem.em import schedule
 from torchem.em.expectation import Expectation, ExpectationSettings
-from torchem.em.images import ImageGeometry, ParticleImages, estimate_noise, prepare_images
-from torchem.em.maximization import (
-    Backprojection,
-    fourier_shell_correlation_of_sums,
-    join_low_resolution,
-    prior_from_fsc,
-    update_parameters,
-)
-from torchem.em.model import Model, Poses, State
+from torchem.em.images import ImageGeometry, ParticleImages, prepare_images
+from torchem.em.maximization import Joined, update_halves, update_parameters
+from torchem.em.model import Model, Poses
 from torchem.em.options import RefineOptions
 from torchem.em.output import Output, load_checkpoint
 from torchem.em.plan import make_plan
-from torchem.em.sampling import Grid, Sampling
+from torchem.em.sampling import Grid
+from torchem.em.start import initial_state, low_pass
 from torchem.em.sums import Sums
 from torchem.errors import InputError
-from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform
+from torchem.imaging.fourier import FourierPixels, round_half_away
 from torchem.imaging.masks import soft_sphere
-from torchem.imaging.resolution import phase_randomised_fsc, raised_cosine_lowpass, resolution_at
-from torchem.imaging.symmetry import canonical, euler_angles, operators
+from torchem.imaging.resolution import raised_cosine_lowpass, resolution_at
+from torchem.imaging.symmetry import euler_angles, operators
 from torchem.runtime.distributed import World
 
 log = logging.getLogger(__name__)
@@ -87,20 +82,26 @@ class Refiner:
         this process among all that share the work.
     simulated
         mark all output so.
+    progress
+        called with (done, total) particles of this process as an iteration goes on.
     """
 
     def __init__(
         self, options: RefineOptions, particles: Particles, reference: np.ndarray, mask: np.ndarray | None = None, *,
         folder: Path | str | None = None, world: World | None = None, simulated: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
-        self._set_up(options, particles, mask, folder, world, simulated)
-        self.state = self._initial_state(torch.as_tensor(reference))
+        self._set_up(options, particles, mask, folder, world, simulated, progress)
+        start = torch.tensor(reference, dtype=self.dtype, device=self.device)
+        self.state = initial_state(options, particles, self.images, start, self.diameter)
+        self.grid = Grid(self.state.sampling, self.device)
         self._write()
 
     @classmethod
     def resume(
         cls, options: RefineOptions, particles: Particles, reference: np.ndarray, mask: np.ndarray | None = None, *,
         folder: Path | str, world: World | None = None, simulated: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> "Refiner":  # fmt: skip
         """Go on after the last iteration that ``folder`` holds whole; ``reference`` is not looked at."""
         checkpoints = {p.name[6:-14]: p for p in Path(folder).glob("run_it*_checkpoint.pt")}
@@ -108,7 +109,7 @@ class Refiner:
         if not whole:
             raise InputError(f"{folder}: holds no whole iteration of torchem; start a new run with run_name=NEW")
         refiner = cls.__new__(cls)
-        refiner._set_up(options, particles, mask, folder, world, simulated)
+        refiner._set_up(options, particles, mask, folder, world, simulated, progress)
         refiner.state = load_checkpoint(checkpoints[max(whole, key=int)], refiner.device)
         refiner.grid = Grid(refiner.state.sampling, refiner.device)
         return refiner
@@ -126,9 +127,8 @@ class Refiner:
 
         # what this iteration does
         state.converged = schedule.has_converged(state)
-        ini_high = options.reference.ini_high if state.iteration == 1 else None
-        diameter = options.dataset.particle_diameter
-        schedule.image_sizes(state, self.box, self.pixel_size, diameter, ini_high)
+        known = options.reference.ini_high if state.iteration == 1 else state.current_resolution
+        schedule.image_sizes(state, self.box, self.pixel_size, self.diameter, known)
         state.sampling.perturb_again(state.generator)
         if state.iteration > 1:
             self._estimate_accuracy()
@@ -136,7 +136,7 @@ class Refiner:
         self.grid = Grid(state.sampling, self.device)
         for half in state.halves:
             if half.pdf_direction.shape[1] != self.grid.n_directions:
-                half.pdf_direction = self._flat_directions(half)
+                half.spread_directions(self.grid.n_directions)
 
         # where every particle looks, and what each half then is
         old_euler, old_offsets = state.poses.euler.clone(), state.poses.offset_angst.clone()
@@ -149,7 +149,7 @@ class Refiner:
         seconds = time.perf_counter() - started
         self._write()
         first = state.halves[0]
-        shell, resolution = resolution_at(first.fsc[0], FSC_THRESHOLD, self.box, self.pixel_size)
+        _, resolution = resolution_at(first.fsc[0], FSC_THRESHOLD, self.box, self.pixel_size)
         return Iteration(
             number=state.iteration,
             resolution_angst=resolution if state.converged else state.current_resolution,
@@ -165,99 +165,42 @@ class Refiner:
             seconds=seconds,
             converged=state.converged,
             fsc=first.fsc[0],
-            maps=[self.joined.references[0]] if self.joined else [half.references[0] for half in state.halves],
+            maps=[model.references[0] for model in ([self.joined.model] if self.joined else state.halves)],
         )
 
     # start
 
     def _set_up(
         self, options: RefineOptions, particles: Particles, mask: np.ndarray | None, folder: Path | str | None,
-        world: World | None, simulated: bool,
+        world: World | None, simulated: bool, progress: Callable[[int, int], None] | None,
     ) -> None:  # fmt: skip
         options.check()
         options.check_against(particles)
-        self.options, self.particles = options, particles
+        assert options.dataset.particle_diameter is not None
+        self.options, self.particles, self.diameter = options, particles, options.dataset.particle_diameter
         self.world = world or World(device=_device(options.device))
         self.device = self.world.device
         self.dtype = torch.float64 if options.precision == "double" else torch.float32
-        if options.deterministic:
-            torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(options.deterministic)
         self.optics = particles.optics
         self.box, self.pixel_size = self.optics[0].box, self.optics[0].pixel_size
-        symmetry = canonical(options.dataset.symmetry or "C1")
-        self.operators = torch.from_numpy(operators(symmetry)).to(self.device)
-        if mask is None:
-            radius = options.dataset.particle_diameter / (2 * self.pixel_size)
-            self.mask = soft_sphere(self.box, radius, MASK_EDGE_PX, dtype=self.dtype, device=self.device)
-        else:
-            self.mask = torch.as_tensor(mask).to(self.device, self.dtype)
-        self.has_own_mask = mask is not None
-        self.group = torch.tensor(particles.group)
-        self.optics_group = torch.tensor(particles.optics_group)
+        self.operators = torch.from_numpy(operators(options.dataset.symmetry or "C1")).to(self.device)
+        radius = self.diameter / (2 * self.pixel_size)
+        self.mask = (
+            soft_sphere(self.box, radius, MASK_EDGE_PX, dtype=self.dtype, device=self.device)
+            if mask is None
+            else torch.tensor(mask, dtype=self.dtype, device=self.device)
+        )
+        self.group, self.optics_group = torch.tensor(particles.group), torch.tensor(particles.optics_group)
         self.ctf_parameters = torch.tensor(particles.ctf_parameters) if options.ctf else None
         # dealt one by one, so that every rank has its share of each half and each micrograph
         self.mine = torch.arange(self.world.rank, len(particles), self.world.size)
-        largest = max(o.box for o in self.optics)
-        self.plan = make_plan(len(self.mine), largest, self.device, self.dtype)
+        self.plan = make_plan(len(self.mine), max(o.box for o in self.optics), self.device, self.dtype)
         log.info("plan: %s", self.plan)
         self.images = ParticleImages(particles, self.dtype, self.device, self.plan.keep_images)
-        self.joined: Model | None = None
-        self.unfiltered: list[Tensor] = []
+        self.joined: Joined | None = None
         self.output = Output(Path(folder), particles, options, simulated) if folder is not None else None
-
-    def _initial_state(self, reference: Tensor) -> State:
-        options, particles, sampling = self.options, self.particles, self.options.sampling
-        generator = torch.Generator().manual_seed(options.seed)
-        n = len(particles)
-        coins = torch.randint(2, (n,), generator=generator)
-        given = particles.random_subset
-        subset = coins if given is None else torch.tensor(given) - 1
-        if not (bool((subset == 0).any()) and bool((subset == 1).any())):
-            raise InputError(
-                f"{particles.source}: all {n} particles are in one half; remove the column rlnRandomSubset, "
-                "or take more particles"
-            )
-        grid_sampling = Sampling(
-            symmetry=canonical(options.dataset.symmetry or "C1"),
-            offset_range=sampling.offset_range * self.pixel_size,
-            offset_step=sampling.offset_step * self.pixel_size,
-            healpix_order=sampling.healpix_order, oversampling=sampling.oversampling, perturb=sampling.perturb,
-        )  # fmt: skip
-        self.grid = Grid(grid_sampling, self.device)
-        reference = self._low_pass(reference.to(self.device, self.dtype))
-        noise = [
-            estimate_noise(
-                self.images, np.flatnonzero(particles.optics_group == g), optics,
-                options.dataset.particle_diameter if options.zero_mask else None, torch.tensor(particles.origin_angst),
-            )
-            for g, optics in enumerate(self.optics)
-        ]  # fmt: skip
-        halves = [
-            Model.initial(reference[None], [s.clone() for s in noise], self.grid.n_directions,
-                          len(particles.group_names))
-            for _ in range(2)
-        ]  # fmt: skip
-        poses = Poses.initial(*(
-            torch.tensor(a) for a in (particles.euler, particles.origin_angst, particles.norm_correction)
-        ))  # fmt: skip
-        return State(
-            halves=halves, sampling=grid_sampling, poses=poses, subset=subset, generator=generator,
-            orientability=torch.zeros(self.box // 2 + 1, dtype=torch.float64, device=self.device),
-            local_sigma=(sampling.sigma_ang or grid_sampling.angular_step) if sampling.start_from_poses else None,
-        )  # fmt: skip
-
-    def _low_pass(self, map_: Tensor) -> Tensor:
-        curve = raised_cosine_lowpass(
-            self.box, self.pixel_size, self.options.reference.ini_high, dtype=self.dtype, device=self.device
-        )
-        return inverse_half_transform(half_transform(map_, 3) * curve, self.box, 3)
-
-    @staticmethod
-    def _flat(value: Tensor, n: int) -> Tensor:
-        return value[:, None].expand(-1, n) / n
-
-    def _flat_directions(self, half: Model) -> Tensor:
-        return self._flat(half.pdf_class, self.grid.n_directions).clone()
+        self.progress = progress
 
     # expectation
 
@@ -267,11 +210,12 @@ class Refiner:
         settings = ExpectationSettings(
             current_size=state.current_size, coarse_size=state.coarse_size,
             adaptive_fraction=self.options.sampling.adaptive_fraction, cross_correlation=cross_correlation,
-            local_sigma=state.local_sigma, padding=PADDING, chunk_elements=self.plan.chunk_elements, fine_weights=self.plan.fine_weights,
+            local_sigma=state.local_sigma, padding=PADDING, chunk_elements=self.plan.chunk_elements,
+            fine_weights=self.plan.fine_weights,
         )  # fmt: skip
         found = _zero_poses(len(self.particles))
         done = torch.zeros(len(self.particles))
-        sums = []
+        sums, finished = [], 0
         for number, half in enumerate(state.halves):
             expectation = Expectation(half, self.grid, settings, self.operators)
             for group, optics in enumerate(self.optics):
@@ -281,6 +225,9 @@ class Refiner:
                 members = self.mine[(state.subset[self.mine] == number) & (self.optics_group[self.mine] == group)]
                 for indices in members.split(self.plan.batch_particles):
                     self._batch(expectation, half, group, geometry, indices, found, done)
+                    if self.progress is not None:
+                        finished += len(indices)
+                        self.progress(finished, len(self.mine))
             for tensor in expectation.sums.tensors():
                 self.world.sum_(tensor)
             sums.append(expectation.sums)
@@ -307,7 +254,7 @@ class Refiner:
             images, indices.to(self.device), geometry,
             None if self.ctf_parameters is None else self.ctf_parameters[indices].to(self.device),
             half.norm_average / norm if options.norm else torch.ones_like(norm),
-            poses.offset_angst[indices].to(self.device), options.dataset.particle_diameter,
+            poses.offset_angst[indices].to(self.device), self.diameter,
             None if options.zero_mask else half.sigma2_noise[group], options.seed + self.state.iteration,
         )  # fmt: skip
         result = expectation(
@@ -327,67 +274,41 @@ class Refiner:
     def _maximization(self, sums: list[Sums], cross_correlation: bool) -> None:
         """New maps, spectra and parameters of both halves; in the last iteration also their joined map."""
         state, options = self.state, self.options
-        fudge, join = options.tau2_fudge, options.sampling.low_resol_join_halves
-        halves = [Backprojection.of(s.data[0], s.weight[0], self.operators, PADDING, self.box) for s in sums]
-        if state.converged:
-            self.unfiltered = [half.reconstruct() for half in halves]
-        if join > 0:
-            known = options.reference.ini_high if state.iteration == 1 else state.current_resolution
-            join_low_resolution(*halves, self.box * self.pixel_size / max(join, known))
-        fsc = self._fsc(halves)
-        schedule.size_after_fsc(state, fsc)
-        for half, sum_, model in zip(halves, sums, state.halves, strict=True):
-            self._new_map(model, half, fsc, fudge, joined=False)
+        width, join = self.box * self.pixel_size, options.sampling.low_resol_join_halves
+        known = options.reference.ini_high if state.iteration == 1 else state.current_resolution
+        self.joined = update_halves(
+            state.halves, sums, self.operators, PADDING, tau2_fudge=options.tau2_fudge,
+            join_shell=width / max(join, known) if join > 0 else None,
+            mask=self.mask if options.solvent_correct_fsc else None,
+            seed=options.seed + state.iteration, last=state.converged,
+        )  # fmt: skip
+        counts = [FourierPixels.of(optics.box, self.device).shell_counts() for optics in self.optics]
+        for model, sum_ in zip(state.halves, sums, strict=True):
             update_parameters(
-                model, sum_, [FourierPixels.of(o.box, self.device).shell_counts() for o in self.optics],
-                norm=options.norm, scale=options.scale, cross_correlation=cross_correlation,
-            )  # fmt: skip
-        # RELION reports one figure for both halves
-        state.halves[1].average_pmax = state.halves[0].average_pmax
-        if state.converged:
-            self.joined = Model(**vars(state.halves[0]))
-            self._new_map(self.joined, halves[0] + halves[1], fsc, fudge, joined=True)
-        spectra = self.joined or state.halves[0]
+                model, sum_, counts, norm=options.norm, scale=options.scale, cross_correlation=cross_correlation
+            )
+        first, second = state.halves
+        second.average_pmax = first.average_pmax  # one figure for both, as in RELION
+        schedule.size_after_fsc(state, first.fsc[0])
         if cross_correlation:
             self._filter_again()
-            shell = schedule.round_half_away(self.box * self.pixel_size / options.reference.ini_high)
+            shell = round_half_away(width / options.reference.ini_high)
         else:
-            shell = schedule.resolution_shell(spectra.data_vs_prior)
+            shell = schedule.resolution_shell((self.joined.model if self.joined else first).data_vs_prior)
         schedule.update_resolution(state, shell, self.box, self.pixel_size)
-        if not state.converged:
-            for model in state.halves:
+        for model in state.halves:
+            if not state.converged:
                 model.references = model.references * self.mask
-        for model in (*state.halves, *([self.joined] if self.joined else [])):
             self.world.broadcast_(model.references)
-
-    def _fsc(self, halves: list[Backprojection]) -> Tensor:
-        """Gold-standard FSC, corrected for the mask where that is asked for."""
-        if not self.options.solvent_correct_fsc or not self.has_own_mask:
-            return fourier_shell_correlation_of_sums(*halves)
-        generator = torch.Generator(device=self.device).manual_seed(self.options.seed + self.state.iteration)
-        maps = [half.reconstruct() for half in halves]
-        fsc, *_ = phase_randomised_fsc(*maps, self.mask, generator)
-        fsc = fsc.double()
-        fsc[self.state.current_size // 2 + 1 :] = 0
-        return fsc
-
-    def _new_map(self, model: Model, half: Backprojection, fsc: Tensor, fudge: float, joined: bool) -> None:
-        sigma2 = half.noise_power()
-        ratio, tau2 = prior_from_fsc(fsc, sigma2, fudge, joined)
-        coverage, _ = half.coverage(tau2, fudge)
-        model.fsc, model.sigma2, model.tau2 = fsc[None].clone(), sigma2[None], tau2[None]
-        model.data_vs_prior, model.fourier_coverage = ratio[None], coverage[None]
-        model.references = half.reconstruct(tau2, fudge)[None]
 
     def _filter_again(self) -> None:
         """After the first, cross-correlation iteration the maps are trusted no further than the reference was."""
-        curve = raised_cosine_lowpass(
-            self.box, self.pixel_size, self.options.reference.ini_high, dtype=torch.float64, device=self.device
-        )[0, 0]
+        resolution = self.options.reference.ini_high
+        curve = raised_cosine_lowpass(self.box, self.pixel_size, resolution, dtype=torch.float64, device=self.device)
         for model in self.state.halves:
-            model.references = self._low_pass(model.references[0])[None]
-            model.tau2 = model.tau2 * curve**2
-            model.data_vs_prior = model.data_vs_prior * curve**2
+            model.references = low_pass(model.references[0], self.pixel_size, resolution)[None]
+            model.tau2 = model.tau2 * curve[0, 0] ** 2
+            model.data_vs_prior = model.data_vs_prior * curve[0, 0] ** 2
 
     # schedule and files
 
@@ -402,24 +323,26 @@ class Refiner:
         )
         box = self.optics[group].box
         batch = prepare_images(
-            torch.zeros((len(chosen), box, box), dtype=self.dtype, device=self.device), chosen.to(self.device), geometry,
+            torch.zeros((len(chosen), box, box), dtype=self.dtype, device=self.device),
+            chosen.to(self.device), geometry,
             None if self.ctf_parameters is None else self.ctf_parameters[chosen].to(self.device),
             torch.ones(len(chosen), device=self.device),
             torch.zeros((len(chosen), 2), dtype=torch.float64, device=self.device),
-            self.options.dataset.particle_diameter, None, 0,
+            self.diameter, None, 0,
         )  # fmt: skip
         sigma2 = state.halves[0].sigma2_noise[group]
         shell = geometry.pixels.shell[: geometry.n_pixels]
-        state.accuracy_angles, state.accuracy_offsets, state.orientability = schedule.estimate_accuracy(
+        state.accuracy_angles, state.accuracy_offsets, by_shell = schedule.estimate_accuracy(
             state.halves[0], batch, (1 / sigma2)[shell].to(self.dtype), state.poses.euler[chosen].to(self.device),
             state.poses.class_number[chosen].to(self.device), state.current_size // 2, PADDING, state.generator,
         )  # fmt: skip
+        state.orientability = by_shell.cpu()
 
     def _write(self) -> None:
         if self.output is None or self.world.rank != 0:
             return
         if self.joined is not None:
-            self.output.write_final(self.state, self.grid, self.joined, self.unfiltered)
+            self.output.write_final(self.state, self.grid, self.joined.model, self.joined.unfiltered)
         else:
             self.output.write_iteration(self.state, self.grid)
 

@@ -24,15 +24,14 @@ ACCURACY_THRESHOLD = 4.60517
 ACCURACY_PARTICLES = 100
 
 
-def image_sizes(state: State, box: int, pixel_size: float, particle_diameter: float, ini_high: float | None) -> None:
+def image_sizes(state: State, box: int, pixel_size: float, particle_diameter: float, resolution: float) -> None:
     """Set ``current_size`` and ``coarse_size``, with the sampling of the previous iteration.
 
     Parameters
     ----------
-    ini_high
-        Å: stands for the current resolution in the first iteration; None afterwards.
+    resolution
+        Å: the current one; in the first iteration that of the initial reference.
     """
-    resolution = ini_high or state.current_resolution
     shell = round_half_away(box * pixel_size / resolution)
     if state.halves[0].average_pmax > 0.1 and state.has_high_fsc:
         increment = round_half_away(0.25 * box / 2)
@@ -93,8 +92,8 @@ def update_resolution(state: State, shell: int, box: int, pixel_size: float) -> 
 
 def update_changes(state: State, old_euler: Tensor, old_offsets: Tensor, operators: Tensor) -> None:
     """Measure how much the poses moved and count the iterations in which they did not move less."""
-    matrices = [rotation_matrix(*euler.unbind(1)) for euler in (old_euler, state.poses.euler)]
-    state.change_angles = float(axes_distance(*matrices, operators).mean())
+    before, now = (rotation_matrix(*euler.unbind(1)) for euler in (old_euler, state.poses.euler))
+    state.change_angles = float(axes_distance(before, now, operators).mean())
     moved = (state.poses.offset_angst - old_offsets).square().sum(1).mean()
     state.change_offsets = float((moved / 2).sqrt())
     settled = [

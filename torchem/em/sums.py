@@ -2,10 +2,12 @@
 
 Both add numerators and denominators of one orientation before anything is scattered into a volume, and return
 per particle and shell what noise, norm and scale need: Σ w Re((CP)* X_t) and Σ w |CP|² (Scheres 2012, eqs. 3-7).
-Fine weights come as `(b, o, j)`: b blocks, one a significant coarse sample, of o orientation and j translation children.
+Fine weights come as `(b, o, j)`: b blocks, one a significant coarse sample, of o orientation × j translation
+children.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -162,7 +164,7 @@ def add_dense(
     numerators = torch.zeros((n_fine, 2 * n_pixels), dtype=kept.dtype, device=rows.device)
     denominators = torch.zeros((n_fine, n_pixels), dtype=kept.dtype, device=rows.device)
     starts = torch.searchsorted(rows, torch.arange(0, n + slab, slab, device=rows.device)).tolist()
-    for number, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for number, (begin, end) in enumerate(pairwise(starts)):
         part = slice(number * slab, min((number + 1) * slab, n))
         m = part.stop - part.start
         w = torch.zeros((m, len(phases) // j, j, n_fine // o, o), dtype=kept.dtype, device=rows.device)
@@ -189,7 +191,7 @@ def _insert(
     grid = references.grid
     per_class = grid.n_orientations * grid.orientation_children
     ends = torch.searchsorted(fine, torch.arange(len(references) + 1, device=fine.device) * per_class).tolist()
-    for k, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for k, (start, end) in enumerate(pairwise(ends)):
         if end > start:
             backproject(
                 sums.data[k], sums.weight[k], numerators[start:end], denominators[start:end],

@@ -32,7 +32,7 @@ def inverse_half_transform(transform: Tensor, box: int, ndim: int = 2) -> Tensor
 
 def round_half_away(x: float) -> int:
     """Round to the nearest integer, halves away from zero (RELION's rule; Python's goes to even)."""
-    return int(math.floor(abs(x) + 0.5)) * (1 if x >= 0 else -1)
+    return math.floor(abs(x) + 0.5) * (1 if x >= 0 else -1)
 
 
 @dataclass(frozen=True)

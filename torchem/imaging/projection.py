@@ -26,13 +26,18 @@ def volume_radius2(shape: tuple[int, ...], device: torch.device) -> Tensor:
     half = shape[0] // 2
     axes = [torch.arange(-half, half + 1, device=device) ** 2 for _ in shape[:-1]]
     axes.append(torch.arange(half + 1, device=device) ** 2)
-    return sum(a.reshape(-1, *([1] * (len(shape) - 1 - i))) for i, a in enumerate(axes))
+    radius2 = torch.zeros(shape, dtype=torch.int64, device=device)
+    for i, axis in enumerate(axes):
+        radius2 += axis.reshape(-1, *([1] * (len(shape) - 1 - i)))
+    return radius2
 
 
 def gridding_correction(box: int, padding: int, ndim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The real-space falloff sinc²(r / (pL)) that trilinear interpolation in the padded transform causes."""
     axis = (torch.arange(box, dtype=dtype, device=device) - box // 2) ** 2
-    radius2 = sum(axis.reshape(-1, *([1] * i)) for i in range(ndim))
+    radius2 = torch.zeros((box,) * ndim, dtype=dtype, device=device)
+    for i in range(ndim):
+        radius2 += axis.reshape(-1, *([1] * i))
     return torch.sinc(radius2.sqrt() / (padding * box)) ** 2
 
 

@@ -96,7 +96,10 @@ def interpolate(values: Tensor, points: Tensor) -> Tensor:
     """
     flat = values.reshape(-1)
     real = values.real.dtype if values.is_complex() else values.dtype
-    return sum(flat[index] * share.to(real) for index, share in _corners(points, tuple(values.shape)))
+    total = torch.zeros(points.shape[:-1], dtype=values.dtype, device=values.device)
+    for index, share in _corners(points, tuple(values.shape)):
+        total += flat[index] * share.to(real)
+    return total
 
 
 def _corners(points: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -110,12 +113,11 @@ def _corners(points: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, T
         base = base + width * shape[1] * (cell[..., 2] + half)
     strides = (1, width, width * shape[-2])[:ndim]
     for corner in range(2**ndim):
-        offset, share = 0, None
-        for axis in range(ndim):
-            upper = (corner >> axis) & 1
-            side = fraction[..., axis] if upper else 1 - fraction[..., axis]
-            share = side if share is None else share * side
-            offset += upper * strides[axis]
+        upper = [(corner >> axis) & 1 for axis in range(ndim)]
+        share = fraction[..., 0] if upper[0] else 1 - fraction[..., 0]
+        for axis in range(1, ndim):
+            share = share * (fraction[..., axis] if upper[axis] else 1 - fraction[..., axis])
+        offset = sum(u * stride for u, stride in zip(upper, strides, strict=True))
         yield base + offset, share
 
 
