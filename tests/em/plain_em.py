@@ -853,7 +853,7 @@ def maximization(
     classes, ndim, box = len(references), references.ndim - 1, references.shape[-1]
     padding, r_max = settings.padding, settings.current_size // 2
     shells = box // 2 + 1
-    sums = [[(half.data[k], half.weight[k]) for k in range(classes)] for half in halves]
+    sums = [[(half.data[k].copy(), half.weight[k].copy()) for k in range(classes)] for half in halves]
     if ndim == 3:
         sums = [[symmetrise(*pair, settings.operators, padding * r_max) for pair in half] for half in sums]
 

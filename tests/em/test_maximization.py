@@ -5,24 +5,17 @@ import pytest
 import torch
 
 from tests.em import plain_em as em
-from tests.em.torch_problem import CASES, Converted, of_case, relative_rms, solved
+from tests.em.torch_problem import CASES, of_case, relative_rms, solved
 from torchem.em import maximization as m_step
 from torchem.em.expectation import Expectation
-from torchem.em.maximization import Backprojection
+from torchem.em.model import Model
+from torchem.em.reconstruction import Backprojection, fourier_shell_correlation_of_sums, join_low_resolution
 from torchem.imaging.fourier import FourierPixels
 from torchem.imaging.masks import soft_sphere
+from torchem.imaging.resolution import phase_randomised_fsc
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=["double", "single"])
-
-
-def updated(case: Converted) -> Converted:
-    """The case with its model's parameters brought up to date."""
-    m_step.update_parameters(
-        case.model, case.run(Expectation).sums, [FourierPixels.of(case.model.box).shell_counts()],
-        norm=True, scale=True, cross_correlation=case.settings.cross_correlation,
-    )  # fmt: skip
-    return case
 
 
 def mask_of(problem: em.Problem) -> np.ndarray:
@@ -39,7 +32,12 @@ def test_parameters(name: str, dtype: torch.dtype) -> None:
     expected = em.maximization(
         halves, [problem.halves[0].group], problem.models, problem.optics, problem.settings
     ).models[0]
-    model, tolerance = updated(of_case(name, dtype=dtype)).model, TOLERANCES[dtype]
+    case, tolerance = of_case(name, dtype=dtype), TOLERANCES[dtype]
+    model = case.model
+    m_step.update_parameters(
+        model, case.run(Expectation).sums, [FourierPixels.of(model.box).shell_counts()],
+        norm=True, scale=True, cross_correlation=case.settings.cross_correlation,
+    )  # fmt: skip
     assert model.norm_average == pytest.approx(expected.norm_average, rel=tolerance)
     assert model.sigma_offset == pytest.approx(expected.sigma_offset, rel=tolerance)
     assert relative_rms(model.scale, expected.scale) < tolerance
@@ -75,34 +73,90 @@ def test_classification(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["3D", "2D"])
-@pytest.mark.parametrize("joined", [False, True], ids=["halves", "joined"])
+@pytest.mark.parametrize("last", [False, True], ids=["halves", "joined"])
 @DTYPES
-def test_gold_standard(name: str, joined: bool, dtype: torch.dtype) -> None:
+def test_gold_standard(name: str, last: bool, dtype: torch.dtype) -> None:
     problem, halves = solved(name, 2)
-    box, settings = 24, problem.settings
+    settings, tolerance = problem.settings, TOLERANCES[dtype]
     join, known = 30.0, 24.0  # Å
-    expected = em.maximization(
-        halves, [half.group for half in problem.halves], problem.models, problem.optics, settings,
-        join_angst=join, resolution_angst=known, combine=joined,
+    groups = [half.group for half in problem.halves]
+    limits = {"join_angst": join, "resolution_angst": known}
+    expected = em.maximization(halves, groups, problem.models, problem.optics, settings, **limits)
+    cases = [of_case(name, half, 2, dtype) for half in range(2)]
+    models = [case.model for case in cases]
+    found = m_step.update_halves(
+        models, [case.run(Expectation).sums for case in cases], cases[0].operators, settings.padding,
+        tau2_fudge=settings.tau2_fudge, join_shell=24 * problem.optics.pixel_size / max(join, known), mask=None,
+        seed=0, last=last,
     )  # fmt: skip
-    tolerance = TOLERANCES[dtype]
-    sums = []
-    for half in range(2):
-        case = of_case(name, half, 2, dtype)
-        total = case.run(Expectation).sums
-        sums.append(Backprojection.of(total.data[0], total.weight[0], case.operators, settings.padding, box))
-    m_step.join_low_resolution(*sums, box * problem.optics.pixel_size / max(join, known))
-    fsc = m_step.fourier_shell_correlation_of_sums(*sums)
-    assert np.abs(fsc.numpy() - expected.fsc).max() < tolerance
-    if joined:
-        sums = [sums[0] + sums[1]] * 2
-    for half, sum_ in enumerate(sums):
-        noise = sum_.noise_power()
-        ratio, tau2 = m_step.prior_from_fsc(fsc, noise, settings.tau2_fudge, joined)
-        assert relative_rms(noise, expected.sigma2_reconstruction[half][0]) < tolerance
-        assert relative_rms(ratio, expected.data_vs_prior[half][0]) < tolerance
-        assert relative_rms(tau2, expected.tau2[half][0]) < tolerance
-        assert relative_rms(sum_.reconstruct(tau2, settings.tau2_fudge), expected.unmasked[half][0]) < tolerance
-        if not joined:
-            masked = sum_.reconstruct(tau2, settings.tau2_fudge).numpy() * mask_of(problem)
-            assert relative_rms(masked, expected.models[half].references[0]) < tolerance
+    for half, model in enumerate(models):
+        agrees_with(model, expected, half, tolerance)
+        masked = model.references[0].numpy() * mask_of(problem)
+        assert relative_rms(masked, expected.models[half].references[0]) < tolerance
+    if not last:
+        assert found is None
+        return
+    both = em.maximization(halves, groups, problem.models, problem.optics, settings, combine=True, **limits)
+    agrees_with(found.model, both, 0, tolerance)
+    # without a prior, and before the halves are joined
+    for map_, half, model in zip(found.unfiltered, halves, problem.models, strict=True):
+        data, weight = half.data[0], half.weight[0]
+        r_max, padding = settings.current_size // 2, settings.padding
+        if model.references.ndim == 4:
+            data, weight = em.symmetrise(data, weight, settings.operators, padding * r_max)
+        plain = em.reconstruct(data, weight, None, 24, r_max, padding, 1.0)
+        assert relative_rms(map_, plain) < tolerance
+
+
+def agrees_with(model: Model, expected: em.Maximization, half: int, tolerance: float) -> None:
+    """The spectra and the map, before any mask."""
+    assert np.abs(model.fsc[0].numpy() - expected.fsc).max() < tolerance
+    assert relative_rms(model.sigma2[0], expected.sigma2_reconstruction[half][0]) < tolerance
+    assert relative_rms(model.data_vs_prior[0], expected.data_vs_prior[half][0]) < tolerance
+    assert relative_rms(model.tau2[0], expected.tau2[half][0]) < tolerance
+    assert relative_rms(model.references[0], expected.unmasked[half][0]) < tolerance
+
+
+def test_a_new_iteration_starts_from_the_halves_own_maps() -> None:
+    """The joined map does not flow back: the two halves stay apart where they are not joined."""
+    cases = [of_case("3D", half, 2) for half in range(2)]
+    models = [case.model for case in cases]
+    m_step.update_halves(
+        models, [case.run(Expectation).sums for case in cases], cases[0].operators, 2, tau2_fudge=1.0,
+        join_shell=None, mask=None, seed=0, last=True,
+    )  # fmt: skip
+    assert relative_rms(models[0].references, models[1].references) > 0.1
+
+
+def test_low_resolution_is_shared() -> None:
+    cases = [of_case("3D", half, 2) for half in range(2)]
+    sums = [case.run(Expectation).sums for case in cases]
+    first, second = (Backprojection.of(s.data[0], s.weight[0], cases[0].operators, 2, 24) for s in sums)
+    sum_before = first.data + second.data
+    join_low_resolution(first, second, 2.9999999)  # 3, but for rounding it is not 4
+    join_low_resolution(first, second, 3.0000001)
+    low = first.radius() <= 3
+    assert torch.equal(first.data[low], second.data[low])
+    assert torch.equal(first.weight[low], second.weight[low])
+    assert not torch.equal(first.data[first.radius() <= 3.6], second.data[first.radius() <= 3.6])
+    assert torch.allclose(first.data + second.data, sum_before)
+    fsc = fourier_shell_correlation_of_sums(first, second)
+    assert torch.allclose(fsc[:3], torch.ones(3).double())
+    assert float(fsc[4]) < 1 - 1e-6
+
+
+def test_masked_fsc_is_that_of_the_masked_maps() -> None:
+    cases = [of_case("3D", half, 2) for half in range(2)]
+    sums = [case.run(Expectation).sums for case in cases]
+    mask = soft_sphere(24, 7.0, 3.0, dtype=torch.float64)
+    models = [case.model for case in cases]
+    m_step.update_halves(
+        models, sums, cases[0].operators, 2, tau2_fudge=1.0, join_shell=None, mask=mask, seed=7, last=False
+    )
+    halves = [Backprojection.of(s.data[0], s.weight[0], cases[0].operators, 2, 24) for s in sums]
+    expected = phase_randomised_fsc(
+        halves[0].reconstruct(), halves[1].reconstruct(), mask, torch.Generator().manual_seed(7)
+    )[0]
+    assert torch.allclose(models[0].fsc[0][:11], expected[:11])
+    assert not models[0].fsc[0][11:].any()
+    assert torch.equal(models[0].fsc, models[1].fsc)

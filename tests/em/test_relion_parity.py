@@ -31,10 +31,8 @@ from torchem.em import maximization as m_step
 from torchem.em import schedule
 from torchem.em.expectation import BatchResult, Expectation, ExpectationSettings, relative_to_mean
 from torchem.em.images import ImageBatch, ImageGeometry, ParticleImages, estimate_noise, prepare_images
-from torchem.em.maximization import Backprojection
 from torchem.em.model import Model, Poses, State
 from torchem.em.sampling import Grid, Sampling
-from torchem.em.sums import Sums
 from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform
 from torchem.imaging.masks import soft_sphere
 from torchem.imaging.resolution import fourier_shell_correlation, raised_cosine_lowpass
@@ -215,7 +213,10 @@ def iterate(data: Path, run: str, iteration: int) -> list[Case]:
 
     if auto:
         resolution = files[0].current_resolution if iteration else INI_HIGH
-        new_maps_of_halves(models, sums, group, BOX * PIXEL / max(40.0, resolution))
+        m_step.update_halves(
+            models, sums, group, 2, tau2_fudge=1.0, join_shell=BOX * PIXEL / max(40.0, resolution), mask=None, seed=0,
+            last=False,
+        )  # fmt: skip
     else:
         m_step.update_classes(models[0], sums[0], group, 2, current // 2, files[0].tau2_fudge)
     shell = schedule.resolution_shell(models[0].data_vs_prior)
@@ -249,20 +250,6 @@ def copy_first_class(model: Model) -> None:
     for values in (model.references, model.data_vs_prior):
         values[1:] = values[:1]
     model.pdf_direction = model.pdf_direction[:1].repeat(model.n_classes, 1)
-
-
-def new_maps_of_halves(models: list[Model], sums: list[Sums], group: Tensor, join_shell: float) -> None:
-    """The gold-standard part of the M-step."""
-    halves = [Backprojection.of(s.data[0], s.weight[0], group, 2, BOX) for s in sums]
-    m_step.join_low_resolution(*halves, join_shell)
-    fsc = m_step.fourier_shell_correlation_of_sums(*halves)
-    for model, half in zip(models, halves, strict=True):
-        sigma2 = half.noise_power()
-        ratio, tau2 = m_step.prior_from_fsc(fsc, sigma2, 1.0, False)
-        coverage, _ = half.coverage(tau2, 1.0)
-        model.fsc, model.sigma2, model.tau2 = fsc[None], sigma2[None], tau2[None]
-        model.data_vs_prior, model.fourier_coverage = ratio[None], coverage[None]
-        model.references = half.reconstruct(tau2)[None]
 
 
 def low_pass(model: Model) -> None:
