@@ -205,7 +205,8 @@ def test_an_image_twice_as_fine_weighs_as_much() -> None:
         for x, y, v in zip(wider.geometry.kx, wider.geometry.ky, (wider.unmasked / wider.ctf)[0], strict=True)
     }
     for x, y, v in zip(coarse.geometry.kx, coarse.geometry.ky, coarse.unmasked[0], strict=True):
-        assert abs(found[float(x), float(y)] - complex(v)) < 1e-5
+        if x**2 + y**2 < 80:  # both windows hold it
+            assert abs(found[float(x), float(y)] - complex(v)) < 1e-5
 
 
 def test_noise_outside_the_mask() -> None:
