@@ -330,9 +330,7 @@ def test_unusable_particles_are_named_and_left_out(
     assert "particle 4 " in messages[0]
 
 
-def test_images_are_read_once_if_there_is_room(
-    small_set: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_read_once_if_there_is_room(small_set: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     particles = Particles.read(small_set())
     calls: list[int] = []
     read = particles.images

@@ -41,9 +41,7 @@ def distances(x: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 5, 4, 63), (2, 63, 1, 257)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
-def test_score_is_minus_half_the_squared_distance(
-    sizes: tuple[int, ...], dtype: torch.dtype, tolerance: float
-) -> None:
+def test_score_is_minus_half_the_squared_distance(sizes: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
     x = problem(*sizes)
     of_image = -0.5 * (x["images"].abs().square() * x["inverse_sigma2"]).sum(-1)
     found = score(*operands(x, dtype)).double() + of_image[:, None, None]
