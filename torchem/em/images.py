@@ -158,19 +158,18 @@ def prepare_images(
     window_power = transform[:, rows, : geometry.size // 2 + 1].abs().square().double().sum((1, 2))
     masked = pixels.gather(transform)
     unmasked = pixels.gather(half_transform(images))[:, :n_pixels]
+    kx, ky = pixels.kx[:n_pixels], pixels.ky[:n_pixels]
+    phase = aberration_phase(optics, kx, ky)
+    response = mtf(optics, kx, ky)
+    for window in (masked[:, :n_pixels], unmasked):
+        if phase is not None:
+            window *= phase.conj().to(window)
+        if response is not None:
+            window /= response.to(window)
     # shell size/2 is summed inside the window only, the shells beyond it whole
     counted = (torch.arange(masked.shape[1], device=images.device) < n_pixels) | (pixels.shell > geometry.size // 2)
     power = (masked.abs().square() * counted).double() @ pixels.shell_matrix(optics.box, torch.float64)
     masked = masked[:, :n_pixels]
-
-    kx, ky = pixels.kx[:n_pixels], pixels.ky[:n_pixels]
-    phase = aberration_phase(optics, kx, ky)
-    response = mtf(optics, kx, ky)
-    for transform in (masked, unmasked):
-        if phase is not None:
-            transform *= phase.conj().to(transform)
-        if response is not None:
-            transform /= response.to(transform)
     # images are in grey values per area, transforms carry 1/box²
     grey = geometry.magnification**-2
     if ctf_parameters is None:

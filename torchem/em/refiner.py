@@ -7,6 +7,7 @@ a grid that is finer than the data can tell apart; a last iteration joins the ha
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -181,6 +182,8 @@ class Refiner:
         self.world = world or World(device=_device(options.device))
         self.device = self.world.device
         self.dtype = torch.float64 if options.precision == "double" else torch.float32
+        if options.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be so
         torch.use_deterministic_algorithms(options.deterministic)
         self.optics = particles.optics
         self.box, self.pixel_size = self.optics[0].box, self.optics[0].pixel_size

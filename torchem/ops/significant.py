@@ -5,6 +5,8 @@ from torch import Tensor
 
 # of the histogram of each row's log weights
 BINS = 1024
+# weights are summed as whole multiples of 1/UNIT, so that the order of the sums does not matter
+UNIT = 2**40
 
 
 def row_logsumexp(log_weights: Tensor, rows: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
@@ -60,22 +62,23 @@ def significant_samples(
     # find the bin of log weights in which the sum passes the fraction; only that bin is sorted
     width = (deepest / BINS)[rows]
     bins = rows * BINS + (below / width).long().clamp(0, BINS - 1)
-    mass = torch.zeros(n_rows * BINS, dtype=torch.float64, device=rows.device)
-    mass.index_add_(0, bins, torch.where(candidates, torch.exp(-below.double()), 0.0))
+    weights = (torch.exp(-below.double()) * UNIT).round().long()
+    mass = torch.zeros(n_rows * BINS, dtype=torch.int64, device=rows.device)
+    mass.index_add_(0, bins, torch.where(candidates, weights, 0))
     reached = torch.cumsum(mass.view(n_rows, BINS), 1)
-    crossing = torch.searchsorted(reached, torch.full((n_rows, 1), fraction, device=rows.device, dtype=reached.dtype),
-                                  right=True)[:, 0]  # fmt: skip
+    wanted = torch.full((n_rows, 1), round(fraction * UNIT), device=rows.device)
+    crossing = torch.searchsorted(reached, wanted, right=True)[:, 0]
     crossing_bin = torch.arange(n_rows, device=rows.device) * BINS + crossing
     undecided = torch.nonzero(candidates & (bins == crossing_bin[rows]))[:, 0]
     undecided = undecided[torch.argsort(log_weights[undecided], descending=True, stable=True)]
     undecided = undecided[torch.argsort(rows[undecided], stable=True)]
     row = rows[undecided]
-    weights = torch.exp(-below[undecided].double())
+    weights = weights[undecided]
     before = torch.cumsum(weights, 0) - weights
     counts = torch.bincount(row, minlength=n_rows)
     first = torch.cumsum(counts, 0) - counts
-    above = torch.where(crossing > 0, reached.gather(1, (crossing - 1).clamp(min=0)[:, None])[:, 0], 0.0)
-    taken = before - before[first[row]] + above[row] <= fraction
+    above = torch.where(crossing > 0, reached.gather(1, (crossing - 1).clamp(min=0)[:, None])[:, 0], 0)
+    taken = before - before[first[row]] + above[row] <= wanted[row, 0]
     threshold = torch.full((n_rows,), torch.inf, dtype=log_weights.dtype, device=rows.device)
     threshold.scatter_reduce_(0, row, torch.where(taken, log_weights[undecided], torch.inf), "amin")
     return candidates & ((bins < crossing_bin[rows]) | (log_weights >= threshold[rows]))

@@ -31,24 +31,23 @@ def project(volume: Tensor, matrices: Tensor, kx: Tensor, ky: Tensor, padding: i
     -------
     `(r, p)` complex.
     """
-    ndim = volume.ndim
-    points, mirrored = _points(matrices, kx, ky, padding, ndim)  # (r, p, ndim), (r, p)
-    half = volume.shape[0] // 2
+    ndim, half = volume.ndim, volume.shape[0] // 2
+    points, sign = _points(matrices, kx, ky, padding, ndim)  # (r, p, ndim), (r, p)
     # grid_sample wants [-1, 1] from the first to the last voxel, x first
-    points[..., 0] = points[..., 0] * (2 / half) - 1
-    points[..., 1:] /= half
-    r, p = mirrored.shape
-    # the CPU kernel runs in parallel over its batch axis only, so the orientations are dealt to one batch a thread
-    lanes = torch.get_num_threads() if volume.device.type == "cpu" and r % torch.get_num_threads() == 0 else 1
-    grid = points.reshape(lanes, *([1] * (ndim - 2)), r // lanes, p, ndim)
+    points[..., 0].mul_(2 / half).sub_(1)
+    points[..., 1:].div_(half)
+    # the CPU kernel runs in parallel over its batch axis only, so the points are dealt to one batch a thread
+    lanes = torch.get_num_threads() if volume.device.type == "cpu" else 1
+    n = sign.numel()
+    points = torch.nn.functional.pad(points.reshape(n, ndim), (0, 0, 0, -n % lanes))
     channels = torch.view_as_real(volume).movedim(-1, 0)
     sampled = torch.nn.functional.grid_sample(
-        channels.expand(lanes, *channels.shape), grid, mode="bilinear", padding_mode="zeros", align_corners=True
-    )
-    sampled = sampled.movedim(1, -1).reshape(r, p, 2)
-    real, imaginary = sampled[..., 0], sampled[..., 1]
+        channels.expand(lanes, *channels.shape), points.reshape(lanes, *([1] * (ndim - 1)), -1, ndim),
+        mode="bilinear", padding_mode="zeros", align_corners=True,
+    )  # fmt: skip
+    real, imaginary = sampled.movedim(1, 0).reshape(2, -1)[:, :n].reshape(2, *sign.shape)
     inside = kx * kx + ky * ky <= r_max * r_max
-    return torch.complex(real * inside, torch.where(mirrored, -imaginary, imaginary) * inside)
+    return torch.complex(real * inside, imaginary * (sign * inside))
 
 
 def backproject(
@@ -69,14 +68,14 @@ def backproject(
     ndim = volume.ndim
     inside = kx * kx + ky * ky <= r_max * r_max
     kx, ky, slices, slice_weights = kx[inside], ky[inside], slices[:, inside], slice_weights[:, inside]
-    points, mirrored = _points(matrices, kx, ky, padding, ndim)
-    slices = torch.where(mirrored, slices.conj(), slices)
+    points, sign = _points(matrices, kx, ky, padding, ndim)
+    slices_imag = slices.imag * sign
     real, imaginary = torch.view_as_real(volume).reshape(-1, 2).unbind(-1)
     flat_weight = weight.view(-1)
     for index, share in _corners(points, tuple(weight.shape)):
         where = index.reshape(-1)
         real.index_add_(0, where, (slices.real * share).reshape(-1))
-        imaginary.index_add_(0, where, (slices.imag * share).reshape(-1))
+        imaginary.index_add_(0, where, (slices_imag * share).reshape(-1))
         flat_weight.index_add_(0, where, (slice_weights * share).reshape(-1))
 
 
@@ -122,8 +121,8 @@ def _corners(points: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, T
 
 
 def _points(matrices: Tensor, kx: Tensor, ky: Tensor, padding: int, ndim: int) -> tuple[Tensor, Tensor]:
-    """Padded positions `(r, p, ndim)` of slice pixels, x first and turned to x >= 0, and which were turned."""
+    """Padded positions `(r, p, ndim)` of slice pixels, x first and turned to x >= 0, and -1 where turned, 1 else."""
     k = torch.stack((kx, ky), dim=-1).to(matrices.dtype)
     points = torch.matmul(k * padding, matrices[:, :2, :ndim])  # (p, 2) @ (r, 2, ndim)
-    mirrored = points[..., 0] < 0
-    return torch.where(mirrored[..., None], -points, points), mirrored
+    sign = 1 - 2 * (points[..., 0] < 0).to(points.dtype)
+    return points.mul_(sign[..., None]), sign
