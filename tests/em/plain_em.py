@@ -391,24 +391,28 @@ def make_grid(sampling: Sampling) -> Grid:
     )  # fmt: skip
 
 
-def local_prior(grid: Grid, euler: Array, sigma: tuple[float, float], operators: Array) -> tuple[Array, Array]:
-    """Gaussian priors of a local search: over directions (D,) and over psi (S,), each cut below 3 sigma.
+def local_prior(grid: Grid, euler: Array, sigma: tuple[float, float], operators: Array) -> Array:
+    """Gaussian prior (D, S) of a local search around a pose and its symmetry mates, cut below 3 sigma.
 
-    The distance of directions is minimal over symmetry mates; psi is compared as it stands. Each sums to 1; where
-    nothing lies within 3 sigma the nearest sample gets all.
+    Each mate's psi is compared with the psi angles where its own direction is near. Directions over all mates sum to
+    1, and so do the psi angles of each; where nothing lies within 3 sigma the nearest sample gets all.
     """
-    centre = rotation(euler[0], euler[1], 0)[2]
-    cosines = np.max([grid.directions @ (centre @ g) for g in operators], axis=0)
-    distance = np.rad2deg(np.arccos(np.clip(cosines, -1, 1)))
-    turn = np.abs(grid.psi - euler[2]) % 360
-    turn = np.minimum(turn, 360 - turn)
-    out = []
-    for d, s in ((distance, sigma[0]), (turn, sigma[1])):
-        prior = np.where(d < 3 * s, np.exp(-(d**2) / (2 * s * s)), 0)
-        if not prior.any():
-            prior[np.argmin(d)] = 1
-        out.append(prior / prior.sum())
-    return out[0], out[1]
+    mates = [euler_angles(rotation(*euler) @ g) for g in operators]
+    cosines = np.array([grid.directions @ rotation(rot, tilt, 0)[2] for rot, tilt, _ in mates])
+    distance = np.rad2deg(np.arccos(np.clip(cosines, -1, 1)))  # (g, D)
+    over_directions = np.where(distance < 3 * sigma[0], np.exp(-(distance**2) / (2 * sigma[0] ** 2)), 0)
+    if not over_directions.any():
+        over_directions[np.unravel_index(np.argmin(distance), distance.shape)] = 1
+    over_directions /= over_directions.sum()
+    prior = np.zeros((len(grid.directions), len(grid.psi)))
+    for share, (_, _, psi) in zip(over_directions, mates, strict=True):
+        turn = np.abs(grid.psi - psi) % 360
+        turn = np.minimum(turn, 360 - turn)
+        over_psi = np.where(turn < 3 * sigma[1], np.exp(-(turn**2) / (2 * sigma[1] ** 2)), 0)
+        if not over_psi.any():
+            over_psi[np.argmin(turn)] = 1
+        prior += np.multiply.outer(share, over_psi / over_psi.sum())
+    return prior
 
 
 # ------------------------------------------------------------------ expectation
@@ -569,8 +573,8 @@ def expectation(
         if sampling.local_sigma is None:
             prior = np.repeat(model.pdf_direction[:, :, None], S, axis=2)
         else:
-            over_d, over_s = local_prior(grid, particles.euler[i], sampling.local_sigma, settings.operators)
-            prior = np.repeat(np.multiply.outer(over_d, over_s)[None], classes, axis=0)
+            around = local_prior(grid, particles.euler[i], sampling.local_sigma, settings.operators)
+            prior = np.repeat(around[None], classes, axis=0)
         offered = (
             np.ones(classes, bool) if particles.only_class is None else np.arange(classes) == particles.only_class[i]
         )

@@ -7,7 +7,7 @@ import torch
 
 from tests.em import plain_em as em
 from torchem.em.sampling import Grid, Sampling
-from torchem.imaging.symmetry import operators, rotation_matrix
+from torchem.imaging.symmetry import axes_distance, operators, rotation_matrix
 
 IDENTITY = torch.eye(3, dtype=torch.float64)[None]
 
@@ -135,8 +135,7 @@ def test_local_priors(symmetry: str, sigma: float) -> None:
     assert bool((particle.diff() >= 0).all())
     plain = em.make_grid(em.Sampling(15.0, 4.0, 4.0, 2, grid.pixels.numpy()))
     for i, pose in enumerate(euler.numpy()):
-        directions, psi = em.local_prior(plain, pose, (sigma, sigma), group.numpy())
-        expected = np.multiply.outer(directions, psi).ravel()
+        expected = em.local_prior(plain, pose, (sigma, sigma), group.numpy()).ravel()
         found = np.zeros(grid.n_orientations)
         found[orientation[particle == i]] = log_prior[particle == i].exp()
         assert np.allclose(found, expected, atol=1e-14)
@@ -153,3 +152,18 @@ def test_the_nearest_orientation_is_left_where_none_is_near() -> None:
     assert log_prior.tolist() == [0.0, 0.0]
     pose = rotation_matrix(*torch.tensor([[3.0, 47.0, 14.0], [100.0, 80.0, 200.0]], dtype=torch.float64).T)
     assert float(angle_between(grid.matrices(orientation), pose).max()) < 40
+
+
+@pytest.mark.parametrize("symmetry", ["C1", "C4", "D2", "O", "I2"])
+def test_local_searches_cross_the_border_of_the_asymmetric_unit(symmetry: str) -> None:
+    grid = Grid(Sampling(symmetry, 4.0, 4.0, healpix_order=2))
+    group = torch.from_numpy(operators(symmetry))
+    every = grid.matrices(torch.arange(grid.n_orientations))
+    generator = torch.Generator().manual_seed(3)
+    draw = torch.rand((20, 3), generator=generator, dtype=torch.float64)
+    euler = torch.stack((360 * draw[:, 0] - 180, torch.rad2deg(torch.acos(2 * draw[:, 1] - 1)), 360 * draw[:, 2]), 1)
+    particle, orientation, _ = grid.local_orientations(euler, 15.0, group)
+    for i, pose in enumerate(rotation_matrix(*euler.unbind(1))):
+        away = axes_distance(pose.expand_as(every), every, group)
+        nearest = torch.nonzero(away < away.min() + 1e-6)[:, 0]
+        assert torch.isin(nearest, orientation[particle == i]).all()

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchem.imaging.symmetry import asymmetric_directions, rotation_matrix
+from torchem.imaging.symmetry import asymmetric_directions, euler_angles, rotation_matrix
+from torchem.ops.significant import row_logsumexp
 
 
 @dataclass
@@ -158,10 +159,11 @@ class Grid:
     def local_orientations(
         self, euler: Tensor, sigma: float, operators: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The orientations within 3 sigma of the last poses, with their Gaussian log priors.
+        """The orientations within 3 sigma of the last poses or their symmetry mates, with Gaussian log priors.
 
-        A direction's distance is minimal over symmetry mates, psi is compared as it is; each prior is cut strictly
-        below 3 sigma and normalised over what was kept, the nearest sample alone if nothing was.
+        The priors of direction and psi are cut strictly below 3 sigma and normalised over what was kept, the nearest
+        sample alone if nothing was. (RELION compares psi with the last pose's even where a direction is near one of
+        its mates, so that a particle cannot cross the border of the asymmetric unit; here it can.)
 
         Parameters
         ----------
@@ -174,26 +176,45 @@ class Grid:
 
         Returns
         -------
-        particle `(m,)`, ascending; orientation `(m,)`; log prior `(m,)`.
+        particle `(m,)`, ascending; orientation `(m,)`, ascending for each particle; log prior `(m,)`.
         """
-        view = rotation_matrix(euler[:, 0], euler[:, 1], torch.zeros_like(euler[:, 0]))[:, 2]
-        grid_view = rotation_matrix(self.rot, self.tilt, torch.zeros_like(self.rot))[:, 2]
-        mates = torch.einsum("ni,gij->gnj", view, operators.to(view))
-        cosine = torch.stack([m @ grid_view.T for m in mates]).amax(dim=0)  # (n, d)
-        direction = _gaussian_prior(torch.rad2deg(torch.acos(cosine.clamp(-1, 1))), sigma)
-        turn = (self.psi - euler[:, 2:] + 180.0) % 360.0 - 180.0
-        psi = _gaussian_prior(turn.abs(), sigma)
-        # ragged product of each particle's directions and psi angles
-        particle, direction_index, direction_prior = direction
-        psi_particle, psi_index, psi_prior = psi
-        n_psi = torch.bincount(psi_particle, minlength=len(euler))
-        first_psi = torch.cumsum(n_psi, 0) - n_psi
-        repeats = n_psi[particle]
-        row = torch.repeat_interleave(torch.arange(len(particle), device=self.device), repeats)
-        within = torch.arange(len(row), device=self.device) - (torch.cumsum(repeats, 0) - repeats)[row]
-        which = first_psi[particle[row]] + within
-        orientation = direction_index[row] * self.n_psi + psi_index[which]
-        return particle[row], orientation, direction_prior[row] + psi_prior[which]
+        n = len(euler)
+        poses = rotation_matrix(*euler.unbind(1))  # (n, 3, 3)
+        views = rotation_matrix(self.rot, self.tilt, torch.zeros_like(self.rot))[:, 2]
+        nearest = torch.full((n,), torch.inf, dtype=torch.float64, device=self.device)
+        found: list[tuple[Tensor, ...]] = []
+        for operator in operators.to(poses):
+            mates = poses @ operator
+            distance = torch.rad2deg(torch.acos((mates[:, 2] @ views.T).clamp(-1, 1)))  # (n, d)
+            nearest = torch.minimum(nearest, distance.amin(1))
+            particle, direction = torch.nonzero(
+                (distance < 3 * sigma) | (distance == nearest[:, None]), as_tuple=True
+            )
+            _, _, psi = euler_angles(mates)
+            found.append((particle, direction, distance[particle, direction], psi[particle]))
+        particle, direction, distance, psi = (torch.cat(part) for part in zip(*found, strict=True))
+        kept = (distance < 3 * sigma) | (distance == nearest[particle])
+        particle, direction, distance, psi = particle[kept], direction[kept], distance[kept], psi[kept]
+        log_prior = -0.5 * (distance / sigma) ** 2
+        _, log_total = row_logsumexp(log_prior, particle, n)
+        log_prior -= log_total[particle]
+
+        # the psi angles around each of these poses
+        step = 360.0 / self.n_psi
+        reach = min(math.ceil(3 * sigma / step), (self.n_psi - 1) // 2)
+        index = torch.round(psi / step)[:, None] + torch.arange(-reach, reach + 1, device=self.device)
+        turn = index * step - psi[:, None]  # (m, window)
+        near = turn.abs() < 3 * sigma
+        near[:, reach] |= ~near.any(1)
+        psi_prior = torch.where(near, -0.5 * (turn / sigma) ** 2, -torch.inf)
+        psi_prior = psi_prior - torch.logsumexp(psi_prior, dim=1, keepdim=True)
+        row, column = torch.nonzero(near, as_tuple=True)
+        orientation = direction[row] * self.n_psi + index[row, column].long() % self.n_psi
+        log_prior = log_prior[row] + psi_prior[row, column]
+        # two mates may share a sample where sigma is wide
+        key, inverse = torch.unique(particle[row] * self.n_orientations + orientation, return_inverse=True)
+        _, log_prior = row_logsumexp(log_prior, inverse, len(key))
+        return key // self.n_orientations, key % self.n_orientations, log_prior
 
     def _angles(self, order: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
         colatitude, longitude = healpix.pix2ang(2**order, pixels.numpy(), nest=True)
@@ -215,13 +236,3 @@ class Grid:
         axis = torch.arange(-reach, reach + 1, dtype=torch.float64, device=self.device) * step
         points = torch.cartesian_prod(axis, axis)
         return points[(points**2).sum(1) < radius**2 + 0.001]
-
-
-def _gaussian_prior(distance: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and log prior of every sample nearer than 3 sigma, the nearest alone where there is none."""
-    near = distance < 3 * sigma
-    near.scatter_(1, distance.argmin(dim=1, keepdim=True), True)
-    log_prior = torch.where(near, -0.5 * (distance / sigma) ** 2, -torch.inf)
-    log_prior -= torch.logsumexp(log_prior, dim=1, keepdim=True)
-    row, column = torch.nonzero(near, as_tuple=True)
-    return row, column, log_prior[row, column]

@@ -91,7 +91,11 @@ def update_resolution(state: State, shell: int, box: int, pixel_size: float) -> 
 
 
 def update_changes(state: State, old_euler: Tensor, old_offsets: Tensor, operators: Tensor) -> None:
-    """Measure how much the poses moved and count the iterations in which they did not move less."""
+    """Measure how much the poses moved and count the iterations in which they did not move less.
+
+    Less than 0.4 of a coarse step is no move. (RELION's source names the fine step; its own runs go on to a finer grid
+    after two iterations on each, as they do by the coarse step and cannot by the fine one.)
+    """
     before, now = (rotation_matrix(*euler.unbind(1)) for euler in (old_euler, state.poses.euler))
     state.change_angles = float(axes_distance(before, now, operators).mean())
     moved = (state.poses.offset_angst - old_offsets).square().sum(1).mean()
@@ -99,8 +103,8 @@ def update_changes(state: State, old_euler: Tensor, old_offsets: Tensor, operato
     settled = [
         change < 0.4 * step or 1.03 * change >= smallest
         for change, step, smallest in (
-            (state.change_offsets, state.sampling.fine_offset_step, state.smallest_change_offsets),
-            (state.change_angles, state.sampling.fine_angular_step, state.smallest_change_angles),
+            (state.change_offsets, state.sampling.offset_step, state.smallest_change_offsets),
+            (state.change_angles, state.sampling.angular_step, state.smallest_change_angles),
         )
     ]
     state.iterations_without_change = state.iterations_without_change + 1 if all(settled) else 0
