@@ -8,9 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import torchem
+from torchem.data.mrc import read_map
 from torchem.em.options import DatasetOptions, ReferenceOptions, RefineOptions, StandIn
 from torchem.errors import InputError
 from torchem.refine import Job, _left, complete, finished, make_stand_in, plan
@@ -268,11 +270,16 @@ def test_interrupted_run_goes_on_to_the_same_files(small_set: Callable, tmp_path
 
 def test_two_processes_are_one_run(small_set: Callable) -> None:
     small_set()
-    done = run("max_iterations=1", prefix=("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"))
+    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m")
+    done = run("max_iterations=3", "precision=double", "run_name=two", prefix=two)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("iteration 1: ") == 1
-    assert sorted(path.name for path in RUN.parent.iterdir()) == ["run"]
-    refused = run("symmetry=C1", prefix=("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"))
+    assert run("max_iterations=3", "precision=double", "run_name=one").returncode == 0
+    assert sorted(path.name for path in RUN.parent.iterdir()) == ["one", "two"]
+    for name in ("run_it003_half1_class001.mrc", "run_it003_half2_class001.mrc"):
+        one, other = (read_map(RUN.with_name(run_name) / name)[0] for run_name in ("one", "two"))
+        assert np.linalg.norm(one - other) <= 1e-6 * np.linalg.norm(one)
+    refused = run("symmetry=C1", prefix=two)
     assert refused.returncode != 0 and "no option symmetry; did you mean dataset.symmetry?" in refused.stderr
 
 
