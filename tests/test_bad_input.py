@@ -280,6 +280,7 @@ def command(*arguments: str) -> tuple[int, list[str]]:
         (["device=cuda"], "device=cuda: PyTorch finds no CUDA device here"),
         (["dataset.symmetry=Oh", "seed=-1"], "dataset.symmetry=Oh"),
         (["hydra.run.dir=particles.star/run"], "particles.star/run: Not a directory"),
+        (["dataset.stand_in.snr=1"], "name the described data set that it changes"),
         (["+dataset=nothing"], "Available options in 'dataset'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -63,7 +63,7 @@ def test_demo_where_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert simulated
     assert completed.dataset.star == "outputs/datasets/demo/particles.star"
     assert completed.reference.map == "outputs/datasets/demo/reference.mrc"
-    assert completed.dataset.symmetry == "D2" and completed.dataset.stand_in == StandIn()
+    assert completed.dataset.symmetry == "D2" and completed.dataset.stand_in == StandIn(snr=0.05)
     assert complete(RefineOptions(dataset=DatasetOptions(symmetry="C2")))[0].dataset.symmetry == "C2"
 
 

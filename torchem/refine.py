@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -76,10 +77,19 @@ def main() -> None:
     """Run the command; whatever the user can mend is told on one screen, without a traceback."""
     with telling(_INTERRUPTED):
         check_option_names(sys.argv[1:], known_options(), groups=("dataset",))
+        _check_stand_in(sys.argv[1:])
         _command()
         from torchem.runtime import distributed
 
         distributed.stop()
+
+
+def _check_stand_in(arguments: Sequence[str]) -> None:
+    """Refuse settings of a stand-in where no described data set has one; Hydra would fail an assertion."""
+    described = any(argument.lstrip("+").startswith("dataset=") for argument in arguments)
+    for argument in arguments:
+        if argument.lstrip("+").startswith("dataset.stand_in.") and not described:
+            raise InputError(f"{argument}: name the described data set that it changes, as in +dataset=demo")
 
 
 _INTERRUPTED = "the same command again goes on after the last whole iteration"

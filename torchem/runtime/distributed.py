@@ -170,8 +170,9 @@ def start(backend: str = "auto", device: str = "auto") -> World:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, together: rank 0 serves the others until they are through."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
