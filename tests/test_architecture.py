@@ -14,7 +14,7 @@ ALLOWED = {
     "em": {"imaging", "data", "ops", "runtime", "errors"},
     "imaging": {"data", "ops", "runtime", "errors"},
     "data": {"runtime", "errors"},
-    "ops": {"runtime", "errors"},
+    "ops": {"kernels", "runtime", "errors"},
     "runtime": {"errors"},
     "errors": set(),
 }
@@ -90,7 +90,7 @@ def test_every_package_is_installed() -> None:
 
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     packages = {"torchem"} | {f"torchem.{path.name}" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
-    packages |= {"torchem.configs"} | {
+    packages |= {"torchem.configs", "torchem.kernels"} | {
         f"torchem.configs.{path.name}" for path in (ROOT / "configs").iterdir() if list(path.glob("*.yaml"))
     }
     assert listed == packages

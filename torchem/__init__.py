@@ -26,7 +26,7 @@ _HOME = {
     "read_reference": "torchem.em.reference",
 }
 
-# in a checkout, configs/ lies beside this package and is torchem.configs
+# in a checkout, configs/ and kernels/ lie beside this package and are torchem.configs and torchem.kernels
 if (_root := Path(__file__).resolve().parents[1]).joinpath("pyproject.toml").is_file():
     __path__.append(str(_root))
 
