@@ -184,7 +184,9 @@ class Refiner:
         self.dtype = torch.float64 if options.precision == "double" else torch.float32
         if options.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be so
-        torch.use_deterministic_algorithms(options.deterministic)
+        # where nothing changes it would still import the compiler, which takes seconds
+        if options.deterministic != torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(options.deterministic)
         self.optics = particles.optics
         self.box, self.pixel_size = self.optics[0].box, self.optics[0].pixel_size
         self.operators = torch.from_numpy(operators(options.dataset.symmetry or "C1")).to(self.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -149,7 +150,10 @@ def start(backend: str = "auto", device: str = "auto") -> World:
     _check_backend(backend, device, gpus, launch)
     here = torch.device("cuda", launch.local_rank % gpus) if device == "cuda" else torch.device("cpu")
     if here.type == "cuda":
-        torch.cuda.set_device(here)
+        # setting a device starts it, which takes a while: the first is set, and starts while the particles are read
+        if here.index != torch.cuda.current_device():
+            torch.cuda.set_device(here)
+        threading.Thread(target=_wake, args=(here,)).start()
     if launch.size > 1 and not dist.is_initialized():
         if backend == "mpi":
             dist.init_process_group("mpi", timeout=_PATIENCE)
@@ -174,6 +178,11 @@ def stop() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _wake(device: torch.device) -> None:
+    """Start a GPU: its context, and the libraries behind a transform."""
+    torch.fft.rfft2(torch.ones((8, 8), device=device)).abs().sum().item()
 
 
 def _check_backend(backend: str, device: str, gpus: int, launch: Launch) -> None:
