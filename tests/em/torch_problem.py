@@ -14,12 +14,13 @@ from torchem.em.model import Model
 from torchem.em.sampling import Grid, Sampling
 from torchem.imaging.ctf import Optics
 from torchem.imaging.symmetry import asymmetric_directions, operators
+from torchem.ops.significant import Posterior
 
 CPU = torch.device("cpu")
 
 
 class Recorder(Expectation):
-    """The E-step, keeping the candidates of the coarse pass and what the fine pass found."""
+    """The E-step, keeping the log weights of the coarse pass and what the fine pass found."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
@@ -27,24 +28,31 @@ class Recorder(Expectation):
         self.samples: list[Samples] = []
         self.fine: list[tuple[Samples, Tensor, Tensor]] = []
 
-    def _global_candidates(self, *args):
-        for part in super()._global_candidates(*args):
-            self.candidates.append(part)
-            yield part
+    def _global_samples(self, scores, orientation_prior, offset_prior, slab):
+        found = super()._global_samples(scores, orientation_prior, offset_prior, slab)
+        every = scores.transpose(1, 2).flatten(1)
+        columns = torch.arange(every.shape[1]).expand_as(every)
+        if self.settings.cross_correlation:
+            # the others are not compared: the scale of a correlation means nothing
+            every, columns = (values.gather(1, found[1][:, None]) for values in (every, columns))
+        self.candidates.append((slab[:, None].expand_as(every).flatten(), columns.flatten(), every.flatten()))
+        return found
 
-    def _local_candidates(self, *args):
-        for part in super()._local_candidates(*args):
-            self.candidates.append(part)
-            yield part
+    def _local_scores(self, *args):
+        particle, orientation, scores, log_prior = super()._local_scores(*args)
+        n_shifts = scores.shape[1]
+        columns = (orientation[:, None] * n_shifts + torch.arange(n_shifts)).flatten()
+        self.candidates.append((particle.repeat_interleave(n_shifts), columns, scores.flatten()))
+        return particle, orientation, scores, log_prior
 
     def _coarse_pass(self, *args) -> Samples:
         self.samples.append(super()._coarse_pass(*args))
         return self.samples[-1]
 
-    def _fine_pass(self, *args) -> tuple[Tensor, Tensor]:
-        weights, log_total = super()._fine_pass(*args)
-        self.fine.append((args[3], weights, log_total))
-        return weights, log_total
+    def _fine_pass(self, *args) -> tuple[Tensor, Posterior]:
+        weights, found = super()._fine_pass(*args)
+        self.fine.append((args[3], weights, found.log_total))
+        return weights, found
 
 
 @dataclass

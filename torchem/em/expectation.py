@@ -8,6 +8,7 @@ its particles, and their numerators are added before anything is scattered.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from torchem.em.images import ImageBatch
 from torchem.em.model import Model
 from torchem.em.references import References
 from torchem.em.sampling import Grid
-from torchem.em.sums import Operands, Sums, add_dense, add_rows
+from torchem.em.sums import Sums, add_dense, add_rows, operands
 from torchem.em.weights import block_rows, block_sparse
-from torchem.ops.significant import row_logsumexp, significant_samples
-from torchem.ops.squared_difference import score, score_pairs
+from torchem.ops.pairs import score_pairs
+from torchem.ops.significant import Posterior, first_best, posterior, row_logsumexp, significant_of_rows
+from torchem.ops.slices import Slices
+from torchem.ops.squared_difference import score
 
 # shells whose data-vs-prior ratio exceeds this take part in the scale correction
 SCALE_MINIMUM_DATA_VS_PRIOR = 3.0
@@ -92,6 +95,11 @@ def relative_to_mean(log_prior: Tensor) -> Tensor:
     return log_prior - log_mean.reshape(-1, *([1] * (log_prior.ndim - 1)))
 
 
+def _row_starts(rows: Tensor, n_rows: int) -> Tensor:
+    """`(n + 1,)`: where each row of an ascending list `(m,)` begins, and the end."""
+    return torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
+
+
 class Expectation:
     """The E-step of one half: made once an iteration, called on batch after batch, adding to ``sums``.
 
@@ -136,10 +144,10 @@ class Expectation:
         results = []
         for part in self._parts(samples):
             some, mine = batch[part], samples[part]
-            weights, log_total = self._fine_pass(some, inverse_sigma2, scale[part], mine)
+            weights, found = self._fine_pass(some, inverse_sigma2, scale[part], mine)
             results.append(self._accumulate(
                 some, optics_group, group[part], norm_correction[part], inverse_sigma2, scale[part], mine, weights,
-                log_total,
+                found,
             ))  # fmt: skip
         return BatchResult(
             *(torch.cat(values) for values in zip(*(vars(r).values() for r in results), strict=True))
@@ -195,29 +203,18 @@ class Expectation:
         operands = self._score_operands(batch, inverse_sigma2, scale, n_pixels)
         offset_prior = self._offset_log_prior(batch)
         sigma = self.settings.local_sigma
-        parts = (
-            self._global_candidates(batch, operands, phases, offset_prior)
-            if sigma is None
-            else self._local_candidates(batch, operands, phases, offset_prior, last_euler, sigma)
-        )
-        particle, column, log_weight, log_prior, log_total = (torch.cat(p) for p in zip(*parts, strict=True))
-        if self.settings.cross_correlation:
-            # winner takes all, and no priors
-            top, _ = row_logsumexp(log_weight, particle, len(batch))
-            best = self._first_best(log_weight, particle, top)
-            return Samples(
-                particle[best], column[best], torch.zeros_like(log_prior[best]), torch.ones_like(particle[best])
-            )
-        keep = significant_samples(log_weight, particle, log_total, self.settings.adaptive_fraction)
-        return Samples(
-            particle[keep], column[keep], log_prior[keep],
-            torch.bincount(particle[keep], minlength=len(batch)),
-        )  # fmt: skip
+        if sigma is not None:
+            return self._local_samples(batch, operands, phases, offset_prior, last_euler, sigma)
+        orientation_prior = self._orientation_log_prior()
+        parts = [
+            self._global_samples(scores, orientation_prior, offset_prior[slab], slab)
+            for slab, scores in self._global_scores(batch, operands, phases)
+        ]
+        particle, column, log_prior = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Samples(particle, column, log_prior, torch.bincount(particle, minlength=len(batch)))
 
-    def _global_candidates(
-        self, batch: ImageBatch, operands: tuple, phases: Tensor, offset_prior: Tensor
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Samples of all orientations that may be significant, for one slab of particles after another."""
+    def _global_scores(self, batch: ImageBatch, operands: tuple, phases: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Particles `(n,)`, and their scores `(n, t, k·r)` at every coarse sample, slab after slab."""
         images, weights, power = operands
         n_pixels, n_shifts = images.shape[1], len(phases)
         key = f"{batch.geometry.optics.name} {n_pixels}"
@@ -225,31 +222,32 @@ class Expectation:
             everything = torch.arange(self.model.n_classes * self.grid.n_orientations, device=images.device)
             self._coarse_slices[key] = self.references.slices(
                 batch.geometry, everything, n_pixels, fine=False, r_max=self.settings.coarse_size // 2
-            )
+            ).cut()
         slices = self._coarse_slices[key]
-        orientation_prior = self._orientation_log_prior()
-        per_class = self.grid.n_orientations
         for slab in torch.arange(len(batch), device=images.device).split(
             max(1, self.settings.chunk_elements // (len(slices) * n_shifts))
         ):
-            scores = score(
-                images[slab], weights[slab], slices, phases, None if power is None else power[slab]
-            )  # (n, r, t)
-            n = len(slab)
-            if self.settings.cross_correlation:
-                best = scores.reshape(n, -1).max(1)
-                zero = torch.zeros(n, dtype=torch.float64, device=images.device)
-                yield slab, best.indices, best.values, zero, zero
-                continue
-            log_prior = (
-                orientation_prior.reshape(1, -1, per_class, 1) + offset_prior[slab][:, :, None]
-            ).reshape(n, -1, n_shifts)
-            log_weight = (scores + log_prior).reshape(n, -1)
-            log_total = torch.logsumexp(log_weight, dim=1)
-            tail = (1 - self.settings.adaptive_fraction) * 1e-3 / log_weight.shape[1]
-            floor = log_total + torch.log(torch.as_tensor(tail, dtype=torch.float64))
-            row, column = torch.nonzero(log_weight > floor[:, None], as_tuple=True)
-            yield slab[row], column, log_weight[row, column], log_prior.reshape(n, -1)[row, column], log_total
+            scores = score(images[slab], weights[slab], slices, phases, None if power is None else power[slab])
+            yield slab, scores.transpose(1, 2)
+
+    def _global_samples(
+        self, scores: Tensor, orientation_prior: Tensor, offset_prior: Tensor, slab: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Particle, column and log prior of the significant samples of one slab; its scores become log weights."""
+        n, n_shifts, n_orientations = scores.shape
+        if self.settings.cross_correlation:
+            # winner takes all, and no priors
+            best = scores.transpose(1, 2).reshape(n, -1).max(1).indices
+            return slab, best, torch.zeros(n, dtype=torch.float64, device=slab.device)
+        by_class = scores.unflatten(2, (self.model.n_classes, -1))
+        by_class += offset_prior.transpose(1, 2)[..., None].to(scores)
+        scores += orientation_prior.to(scores)
+        row, place = significant_of_rows(scores.flatten(1), self.settings.adaptive_fraction)
+        orientation, shift = place % n_orientations, place // n_orientations
+        order = torch.argsort((row * n_orientations + orientation) * n_shifts + shift)
+        row, orientation, shift = row[order], orientation[order], shift[order]
+        log_prior = orientation_prior[orientation] + offset_prior[row, orientation // self.grid.n_orientations, shift]
+        return slab[row], orientation * n_shifts + shift, log_prior
 
     def _orientation_log_prior(self) -> Tensor:
         """`(k·r,)`: log probability of each orientation's direction (2D: of its class), relative to the mean."""
@@ -258,13 +256,35 @@ class Expectation:
         prior = relative_to_mean(self.model.pdf_direction.log().reshape(1, -1))[0]
         return prior.repeat_interleave(self.grid.n_psi)
 
-    def _local_candidates(
+    def _local_samples(
         self, batch: ImageBatch, operands: tuple, phases: Tensor, offset_prior: Tensor, last_euler: Tensor,
         sigma: float,
-    ) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
-        """Samples of the orientations around each particle's last pose."""
+    ) -> Samples:  # fmt: skip
+        """The significant samples around each particle's last pose."""
+        n_shifts = len(phases)
+        particle, orientation, log_weight, log_prior = self._local_scores(
+            batch, operands, phases, offset_prior, last_euler, sigma
+        )
+        first = _row_starts(particle, len(batch)) * n_shifts
+        if self.settings.cross_correlation:
+            rows = torch.repeat_interleave(particle, n_shifts)
+            top, _ = row_logsumexp(log_weight.flatten(), rows, len(batch))
+            place = first_best(log_weight.flatten(), rows, top)
+            log_prior = torch.zeros_like(log_prior)
+        else:
+            place = torch.nonzero(posterior(log_weight.flatten(), first, self.settings.adaptive_fraction).kept)[:, 0]
+        pair, shift = place // n_shifts, place % n_shifts
+        return Samples(
+            particle[pair], orientation[pair] * n_shifts + shift, log_prior[pair, shift],
+            torch.bincount(particle[pair], minlength=len(batch)),
+        )  # fmt: skip
+
+    def _local_scores(
+        self, batch: ImageBatch, operands: tuple, phases: Tensor, offset_prior: Tensor, last_euler: Tensor,
+        sigma: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Pairs `(m,)` of particle and orientation, and their log weights and log priors `(m, t)`."""
         images, weights, power = operands
-        n_pixels, n_shifts = images.shape[1], len(phases)
         particle, orientation, orientation_prior = self.grid.local_orientations(last_euler, sigma, self.operators)
         per_class = self.grid.n_orientations
         n_orientations = torch.bincount(particle, minlength=len(batch))
@@ -274,32 +294,24 @@ class Expectation:
         orientation = (classes * per_class + orientation).flatten()
         particle, order = particle.repeat(len(classes)).sort(stable=True)
         orientation, orientation_prior = orientation[order], orientation_prior.repeat(len(classes))[order]
-        order = torch.argsort(orientation, stable=True)
-        log_weight = torch.empty((len(particle), n_shifts), dtype=torch.float64, device=images.device)
+        unique, inverse = torch.unique(orientation, return_inverse=True)
+        slices = self.references.slices(
+            batch.geometry, unique, images.shape[1], fine=False, r_max=self.settings.coarse_size // 2
+        )
+        scores = score_pairs(
+            slices, inverse, particle, images, weights, phases, power, self.settings.chunk_elements
+        )
         log_prior = orientation_prior[:, None] + offset_prior[particle, orientation // per_class]
-        for chunk in order.split(max(1, self.settings.chunk_elements // n_pixels)):
-            unique, inverse = torch.unique_consecutive(orientation[chunk], return_inverse=True)
-            slices = self.references.slices(
-                batch.geometry, unique, n_pixels, fine=False, r_max=self.settings.coarse_size // 2
-            )
-            which = particle[chunk]
-            log_weight[chunk] = score_pairs(
-                images[which], weights[which], slices[inverse][:, None], phases,
-                None if power is None else power[which],
-            )[:, 0].double()  # fmt: skip
         if not self.settings.cross_correlation:
-            log_weight += log_prior
-        rows = particle[:, None].expand(-1, n_shifts).flatten()
-        columns = (orientation[:, None] * n_shifts + torch.arange(n_shifts, device=images.device)).flatten()
-        _, log_total = row_logsumexp(log_weight.flatten(), rows, len(batch))
-        yield rows, columns, log_weight.flatten(), log_prior.flatten(), log_total
+            scores += log_prior.to(scores)
+        return particle, orientation, scores, log_prior
 
     # fine pass
 
     def _fine_pass(
         self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, samples: Samples
-    ) -> tuple[Tensor, Tensor]:
-        """Log weights of the children of significant samples, block-sparse, and each particle's log total."""
+    ) -> tuple[Tensor, Posterior]:
+        """Log weights of the children of significant samples, block-sparse, and what they amount to."""
         grid = self.grid
         operands = self._score_operands(batch, inverse_sigma2, scale, batch.geometry.n_pixels)
         scores = self._dense_scores if self._is_dense(batch, samples) else self._pair_scores
@@ -309,9 +321,8 @@ class Expectation:
             samples.particle, samples.column, values.flatten(1), len(batch),
             self.model.n_classes * grid.n_orientations * grid.n_translations,
         )  # fmt: skip
-        rows = samples.particle[:, None].expand(-1, values[0].numel()).flatten()
-        _, log_total = row_logsumexp(weights.values().flatten(), rows, len(batch))
-        return weights, log_total
+        first = weights.crow_indices().long() * values[0].numel()
+        return weights, posterior(weights.values().flatten(), first, self.settings.adaptive_fraction)
 
     def _fine_phases(self, batch: ImageBatch) -> Tensor:
         """`(t·j, p)`."""
@@ -333,7 +344,7 @@ class Expectation:
         images = 8 * shifts * batch.geometry.n_pixels
         return max(1, self.settings.fine_weights // (samples + images))
 
-    def _every_fine_slice(self, batch: ImageBatch) -> Tensor:
+    def _every_fine_slice(self, batch: ImageBatch) -> Slices:
         n = self.model.n_classes * self.grid.n_orientations * self.grid.orientation_children
         every = torch.arange(n, device=batch.masked.device)
         return self.references.slices(batch.geometry, every, batch.geometry.n_pixels, fine=True)
@@ -342,7 +353,7 @@ class Expectation:
         """Scores `(b, o, j)` of the significant samples' children, taken from those of all fine samples."""
         grid = self.grid
         images, weights, power = operands
-        slices = self._every_fine_slice(batch)
+        slices = self._every_fine_slice(batch).cut()
         orientation, shift = samples.column // grid.n_translations, samples.column % grid.n_translations
         parts = []
         for particles in torch.arange(len(batch), device=images.device).split(self._dense_slab(batch)):
@@ -362,79 +373,67 @@ class Expectation:
         images, weights, power = operands
         orientation, shift = samples.column // n_shifts, samples.column % n_shifts
         values = torch.empty((len(shift), o, j), dtype=self.dtype, device=images.device)
-        # blocks by orientation, then particle
-        order = torch.argsort(orientation, stable=True)
-        pair_key = orientation[order] * len(batch) + samples.particle[order]
-        pair_key, pair = torch.unique_consecutive(pair_key, return_inverse=True)
-        first_block = torch.searchsorted(pair, torch.arange(len(pair_key) + 1, device=pair.device))
+        n_orientations = self.model.n_classes * grid.n_orientations
+        key, pair = torch.unique_consecutive(samples.particle * n_orientations + orientation, return_inverse=True)
         children = torch.arange(o, device=images.device)
-        step = max(1, self.settings.chunk_elements // (n_pixels * o))
-        for start in range(0, len(pair_key), step):
-            keys = pair_key[start : start + step]
-            which = keys % len(batch)
-            # neighbouring pairs share an orientation and its slices
-            parents, inverse = torch.unique_consecutive(keys // len(batch), return_inverse=True)
-            fine = (parents[:, None] * o + children).flatten()
-            slices = self.references.slices(batch.geometry, fine, n_pixels, fine=True).unflatten(0, (-1, o))
+        step = max(1, self.settings.chunk_elements // (o * len(phases)))
+        starts = range(0, len(key), step)
+        ends = torch.searchsorted(pair, torch.tensor([*starts, len(key)], device=pair.device)).tolist()
+        for start, (begin, end) in zip(starts, pairwise(ends), strict=True):
+            mine = key[start : start + step, None]
+            fine = (mine % n_orientations * o + children).flatten()
+            unique, inverse = torch.unique(fine, return_inverse=True)
             scores = score_pairs(
-                images[which], weights[which], slices[inverse], phases, None if power is None else power[which]
-            ).unflatten(2, (n_shifts, j))
-            blocks = slice(int(first_block[start]), int(first_block[min(start + step, len(pair_key))]))
-            here = order[blocks]
-            values[here] = scores[pair[blocks] - start, :, shift[here]]
+                self.references.slices(batch.geometry, unique, n_pixels, fine=True), inverse,
+                (mine // n_orientations).expand(-1, o).flatten(), images, weights, phases, power,
+                self.settings.chunk_elements,
+            ).reshape(-1, o, n_shifts, j)  # fmt: skip
+            values[begin:end] = scores[pair[begin:end] - start, :, shift[begin:end]]
         return values
 
     # weighted sums
 
     def _accumulate(
         self, batch: ImageBatch, optics_group: int, group: Tensor, norm_correction: Tensor, inverse_sigma2: Tensor,
-        scale: Tensor, samples: Samples, weights: Tensor, log_total: Tensor,
+        scale: Tensor, samples: Samples, weights: Tensor, found: Posterior,
     ) -> BatchResult:  # fmt: skip
         grid, sums, n = self.grid, self.sums, len(batch)
         n_shifts, o, j = grid.n_translations, grid.orientation_children, grid.translation_children
-        rows = block_rows(weights)
-        log_weight = weights.values().reshape(-1, o * j)
-        flat_rows = rows[:, None].expand(-1, o * j).flatten()
-        top = torch.full((n,), -torch.inf, dtype=self.dtype, device=rows.device)
-        top.scatter_reduce_(0, flat_rows, log_weight.flatten(), "amax")
-        best = self._first_best(log_weight.flatten(), flat_rows, top)
+        rows, best = block_rows(weights), found.best
         if self.settings.cross_correlation:
-            # winner takes all: log_total is not a probability here
+            # winner takes all: its score is not a log probability
             pmax = torch.ones(n, dtype=torch.float64, device=rows.device)
-            log_likelihood = top.double()
-            kept = torch.zeros_like(log_weight).flatten()
+            log_likelihood = found.top.double()
+            kept = torch.zeros_like(found.kept)
             kept[best] = 1
-            kept = kept.reshape(-1, o, j)
         else:
-            pmax = (top.double() - log_total).exp()
-            keep = significant_samples(log_weight.flatten(), flat_rows, log_total, self.settings.adaptive_fraction)
-            probability = (log_weight.double() - log_total[rows][:, None]).exp().to(self.dtype)
-            kept = torch.where(keep.reshape(log_weight.shape), probability, 0.0).reshape(-1, o, j)
-            log_likelihood = log_total + self._log_likelihood_constant(batch, inverse_sigma2)
+            pmax = (found.top.double() - found.log_total).exp()
+            log_likelihood = found.log_total + self._log_likelihood_constant(batch, inverse_sigma2)
+            kept = found.kept
+        kept = kept.reshape(-1, o, j)
         orientation, shift = samples.column // n_shifts, samples.column % n_shifts
-        operands, phases = Operands.of(batch, inverse_sigma2, scale), self._fine_phases(batch)
-        where = (sums, self.references, batch, operands, phases, rows, orientation, shift, kept)
-        # (n, shells) double
+        strong = batch.geometry.from_reference_shells(self.model.data_vs_prior.amax(0)) > SCALE_MINIMUM_DATA_VS_PRIOR
+        where = (
+            sums, self.references, batch, operands(batch, inverse_sigma2, scale, strong), self._fine_phases(batch),
+            rows, orientation, shift, kept,
+        )  # fmt: skip
         if self._is_dense(batch, samples):
-            xa, aa = add_dense(*where, self._every_fine_slice(batch), self._dense_slab(batch))
+            residual, figures = add_dense(*where, self._every_fine_slice(batch), self._dense_slab(batch))
         else:
-            xa, aa = add_rows(*where, self.settings.chunk_elements)
+            residual, figures = add_rows(*where, self.settings.chunk_elements)
 
-        # noise, norm and scale from per-particle sums
+        # noise, norm and scale from what is left of the images
         total = torch.zeros(n, dtype=torch.float64, device=rows.device)
         total.index_add_(0, rows, kept.double().sum((1, 2)))
         shells = torch.arange(batch.power.shape[1], device=rows.device)
-        window = shells <= batch.geometry.size // 2
-        own_scale = scale.double()
-        inside = total[:, None] * batch.power - 2 * own_scale * xa + own_scale.square() * aa
-        residual = torch.where(window, inside, batch.power)
-        sums.noise[optics_group] += residual.sum(0)
+        power = torch.where(shells <= batch.geometry.size // 2, total[:, None] * batch.power, batch.power)
+        by_shell = residual @ batch.geometry.pixels.shell_matrix(batch.geometry.size, torch.float64)
+        sums.noise[optics_group] += power.sum(0) + by_shell
         sums.noise_weight[optics_group] += total.sum()
-        new_norm = norm_correction / self.model.norm_average * (2 * residual.sum(1)).sqrt()
+        new_norm = norm_correction / self.model.norm_average * (2 * (power.sum(1) + figures[:, 0])).sqrt()
         sums.norm += new_norm.sum()
-        strong = batch.geometry.from_reference_shells(self.model.data_vs_prior.amax(0)) > SCALE_MINIMUM_DATA_VS_PRIOR
-        sums.scale_xa.index_add_(0, group, (xa * strong).sum(1))
-        sums.scale_aa.index_add_(0, group, (aa * strong).sum(1))
+        sums.scale_xa.index_add_(0, group, figures[:, 1])
+        sums.scale_aa.index_add_(0, group, figures[:, 2])
         sums.group_weight.index_add_(0, group, torch.ones_like(total))
 
         # offsets, directions, figures
@@ -461,13 +460,6 @@ class Expectation:
             significant=samples.significant,
             log_likelihood=log_likelihood,
         )
-
-    @staticmethod
-    def _first_best(values: Tensor, rows: Tensor, top: Tensor) -> Tensor:
-        """`(n,)`: position of the first largest value of each row."""
-        position = torch.arange(len(values), device=values.device)
-        best = torch.full((len(top),), len(values), dtype=torch.int64, device=values.device)
-        return best.scatter_reduce_(0, rows, torch.where(values == top[rows], position, len(values)), "amin")
 
     def _log_likelihood_constant(self, batch: ImageBatch, inverse_sigma2: Tensor) -> Tensor:
         """`(n,)`: what the scores leave out, -½Σ|X|²/σ² - Σ log 2πσ², without the origin.

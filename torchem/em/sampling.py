@@ -181,20 +181,24 @@ class Grid:
         n = len(euler)
         poses = rotation_matrix(*euler.unbind(1))  # (n, 3, 3)
         views = rotation_matrix(self.rot, self.tilt, torch.zeros_like(self.rot))[:, 2]
-        nearest = torch.full((n,), torch.inf, dtype=torch.float64, device=self.device)
+        # an angle within 3 sigma is a cosine above this one
+        bound = math.cos(math.radians(3 * sigma)) if 3 * sigma < 180 else -2.0
+        nearest = torch.full((n,), -2.0, dtype=torch.float64, device=self.device)
+        alone = torch.zeros((3, n), dtype=torch.float64, device=self.device)  # direction, cosine, psi of the nearest
         found: list[tuple[Tensor, ...]] = []
         for operator in operators.to(poses):
             mates = poses @ operator
-            distance = torch.rad2deg(torch.acos((mates[:, 2] @ views.T).clamp(-1, 1)))  # (n, d)
-            nearest = torch.minimum(nearest, distance.amin(1))
-            particle, direction = torch.nonzero(
-                (distance < 3 * sigma) | (distance == nearest[:, None]), as_tuple=True
-            )
+            cosine = mates[:, 2] @ views.T  # (n, d)
             _, _, psi = euler_angles(mates)
-            found.append((particle, direction, distance[particle, direction], psi[particle]))
-        particle, direction, distance, psi = (torch.cat(part) for part in zip(*found, strict=True))
-        kept = (distance < 3 * sigma) | (distance == nearest[particle])
-        particle, direction, distance, psi = particle[kept], direction[kept], distance[kept], psi[kept]
+            particle, direction = torch.nonzero(cosine > bound, as_tuple=True)
+            found.append((particle, direction, cosine[particle, direction], psi[particle]))
+            best = cosine.max(1)
+            alone = torch.where(best.values > nearest, torch.stack((best.indices.double(), best.values, psi)), alone)
+            nearest = torch.maximum(nearest, best.values)
+        lonely = torch.nonzero(nearest <= bound)[:, 0]
+        found.append((lonely, alone[0, lonely].long(), alone[1, lonely], alone[2, lonely]))
+        particle, direction, cosine, psi = (torch.cat(part) for part in zip(*found, strict=True))
+        distance = torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
         log_prior = -0.5 * (distance / sigma) ** 2
         _, log_total = row_logsumexp(log_prior, particle, n)
         log_prior -= log_total[particle]

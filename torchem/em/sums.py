@@ -1,7 +1,6 @@
 """The weighted sums of one half, and the two ways to make them from the fine weights of a batch.
 
-Both add numerators and denominators of one orientation before anything is scattered into a volume, and return
-per particle and shell what noise, norm and scale need: Σ w Re((CP)* X_t) and Σ w |CP|² (Scheres 2012, eqs. 3-7).
+Both return what noise, norm and scale need, so that no residual image is ever made (Scheres 2012, eqs. 3-7).
 Fine weights come as `(b, o, j)`: b blocks, one a significant coarse sample, of o orientation × j translation
 children.
 """
@@ -16,7 +15,8 @@ from torchem.em.images import ImageBatch
 from torchem.em.model import Model
 from torchem.em.references import References
 from torchem.imaging.projection import volume_shape
-from torchem.ops.slices import backproject
+from torchem.ops.pairs import Operands, add_pairs
+from torchem.ops.slices import Slices
 
 
 @dataclass
@@ -61,34 +61,31 @@ class Sums:
         return [t for value in vars(self).values() for t in (value if isinstance(value, list) else [value])]
 
 
-@dataclass
-class Operands:
-    """What the images of a batch are multiplied by on their way into the sums, each `(n, p)`."""
+def operands(batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, strong: Tensor) -> Operands:
+    """What the images of a batch are multiplied by on their way into the sums.
 
-    aligned: Tensor  # C·X, masked
-    ctf2: Tensor  # C²
-    numerator: Tensor  # S·C/σ²·X, unmasked
-    denominator: Tensor  # (S·C)²/σ²
-    shells: Tensor  # (p, box//2 + 1) sums pixels by shell
-
-    @staticmethod
-    def of(batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor) -> "Operands":
-        return Operands(
-            aligned=batch.masked * batch.ctf,
-            ctf2=batch.ctf.square(),
-            numerator=batch.unmasked * (batch.back_ctf * scale * inverse_sigma2),
-            denominator=batch.ctf * batch.back_ctf * scale.square() * inverse_sigma2,
-            shells=batch.geometry.pixels.shell_matrix(batch.geometry.size, batch.ctf.dtype),
-        )
+    Parameters
+    ----------
+    inverse_sigma2, scale
+        `(p,)` 1/σ², and `(n, 1)` the particles' scales.
+    strong
+        `(shells,)` bool: where the scale may be learnt from.
+    """
+    return Operands(
+        aligned=batch.masked * batch.ctf,
+        ctf2=batch.ctf.square(),
+        numerator=batch.unmasked * (batch.back_ctf * scale * inverse_sigma2),
+        denominator=batch.ctf * batch.back_ctf * scale.square() * inverse_sigma2,
+        scale=scale[:, 0],
+        strong=strong[batch.geometry.pixels.shell[: batch.geometry.n_pixels]].to(batch.ctf.dtype),
+    )
 
 
 def add_rows(
     sums: Sums, references: References, batch: ImageBatch, operands: Operands, phases: Tensor, rows: Tensor,
     orientation: Tensor, shift: Tensor, kept: Tensor, chunk_elements: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Add the kept weights row by row, a row being one particle at one fine orientation: for sparse support.
-
-    A row's shifts collapse into one phase ramp Q = Σ_t w·φ_t, a matrix product with the phases all particles share.
+    """Add the kept weights pair by pair, a pair being one particle at one fine orientation: for sparse support.
 
     Parameters
     ----------
@@ -101,46 +98,38 @@ def add_rows(
 
     Returns
     -------
-    `(n, shells)` Σ w Re((CP)* X_t) and Σ w |CP|², double.
+    `(p,)` and `(n, 3)`, see :func:`torchem.ops.pairs.add_pairs`.
     """
     o, j = kept.shape[1:]
-    n, n_pixels, n_shifts = len(batch), batch.geometry.n_pixels, len(phases) // j
-    ramps = torch.view_as_real(phases).flatten(1)
-    xa = torch.zeros((n, operands.shells.shape[1]), dtype=torch.float64, device=rows.device)
-    aa = torch.zeros_like(xa)
-    # rows of (fine orientation, particle), ascending
-    block, child = torch.nonzero(kept.sum(2), as_tuple=True)
-    key = (orientation[block] * o + child) * n + rows[block]
-    order = torch.argsort(key, stable=True)
-    block, child = block[order], child[order]
-    key, row = torch.unique_consecutive(key[order], return_inverse=True)
-    first = torch.searchsorted(row, torch.arange(len(key) + 1, device=row.device))
-    step = max(1, chunk_elements // n_pixels)
-    for start in range(0, len(key), step):
-        fine, which = key[start : start + step] // n, key[start : start + step] % n
-        entries = slice(int(first[start]), int(first[min(start + step, len(key))]))
-        w = torch.zeros((len(fine), n_shifts, j), dtype=kept.dtype, device=rows.device)
-        w[row[entries] - start, shift[block[entries]]] = kept[block[entries], child[entries]]
-        w = w.flatten(1)
-        weight = w.sum(1, keepdim=True)
-        ramp = torch.view_as_complex((w @ ramps).unflatten(1, (n_pixels, 2)))
-        unique, inverse = torch.unique_consecutive(fine, return_inverse=True)
-        slices = references.slices(batch.geometry, unique, n_pixels, fine=True)[inverse]
-        product = slices.conj() * operands.aligned[which] * ramp
-        xa.index_add_(0, which, (product.real @ operands.shells).double())
-        square = torch.view_as_real(slices).square().sum(-1) * operands.ctf2[which] * weight
-        aa.index_add_(0, which, (square @ operands.shells).double())
-        added = torch.zeros((len(unique), 2 * n_pixels), dtype=kept.dtype, device=rows.device)
-        added.index_add_(0, inverse, torch.view_as_real(ramp * operands.numerator[which]).flatten(1))
-        added_weight = torch.zeros((len(unique), n_pixels), dtype=kept.dtype, device=rows.device)
-        added_weight.index_add_(0, inverse, operands.denominator[which] * weight)
-        _insert(sums, references, batch, unique, torch.view_as_complex(added.unflatten(1, (-1, 2))), added_weight)
-    return xa, aa
+    n_pixels, n_shifts = batch.geometry.n_pixels, len(phases) // j
+    residual = torch.zeros(n_pixels, dtype=torch.float64, device=rows.device)
+    figures = torch.zeros((len(batch), 3), dtype=torch.float64, device=rows.device)
+    block, child = torch.nonzero(kept.amax(2), as_tuple=True)
+    n_fine = len(references.volumes) * references.grid.n_orientations * o
+    key = rows[block] * n_fine + orientation[block] * o + child
+    key, pair = torch.unique(key, return_inverse=True)
+    order = torch.argsort(pair, stable=True)
+    block, child, pair = block[order], child[order], pair[order]
+    step = max(1, chunk_elements // (2 * len(phases)))
+    starts = range(0, len(key), step)
+    ends = torch.searchsorted(pair, torch.tensor([*starts, len(key)], device=pair.device)).tolist()
+    for start, (begin, end) in zip(starts, pairwise(ends), strict=True):
+        mine = key[start : start + step]
+        probability = torch.zeros((len(mine), n_shifts, j), dtype=kept.dtype, device=rows.device)
+        probability[pair[begin:end] - start, shift[block[begin:end]]] = kept[block[begin:end], child[begin:end]]
+        unique, inverse = torch.unique(mine % n_fine, return_inverse=True)
+        some = add_pairs(
+            references.slices(batch.geometry, unique, n_pixels, fine=True), inverse, mine // n_fine,
+            probability.flatten(1), phases, operands, sums.data, sums.weight, chunk_elements,
+        )  # fmt: skip
+        residual += some[0]
+        figures += some[1]
+    return residual, figures
 
 
 def add_dense(
     sums: Sums, references: References, batch: ImageBatch, operands: Operands, phases: Tensor, rows: Tensor,
-    orientation: Tensor, shift: Tensor, kept: Tensor, slices: Tensor, slab: int,
+    orientation: Tensor, shift: Tensor, kept: Tensor, slices: Slices, slab: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add the kept weights as matrix products over all fine orientations: for wide support.
 
@@ -149,7 +138,7 @@ def add_dense(
     Parameters
     ----------
     slices
-        `(r·o, p)` of every fine orientation.
+        of every fine orientation.
     slab
         particles whose weights are held at once.
 
@@ -157,10 +146,11 @@ def add_dense(
     """
     o, j = kept.shape[1:]
     n, n_pixels, n_fine = len(batch), batch.geometry.n_pixels, len(slices)
-    xa = torch.zeros((n, operands.shells.shape[1]), dtype=torch.float64, device=rows.device)
-    aa = torch.zeros_like(xa)
-    flat_slices = torch.view_as_real(slices).flatten(1)
-    slice_power = torch.view_as_real(slices).square().sum(-1)
+    residual = torch.zeros(n_pixels, dtype=torch.float64, device=rows.device)
+    figures = torch.zeros((n, 3), dtype=torch.float64, device=rows.device)
+    cut = slices.cut()
+    flat_slices = torch.view_as_real(cut).flatten(1)
+    slice_power = torch.view_as_real(cut).square().sum(-1)
     numerators = torch.zeros((n_fine, 2 * n_pixels), dtype=kept.dtype, device=rows.device)
     denominators = torch.zeros((n_fine, n_pixels), dtype=kept.dtype, device=rows.device)
     starts = torch.searchsorted(rows, torch.arange(0, n + slab, slab, device=rows.device)).tolist()
@@ -176,25 +166,12 @@ def add_dense(
         numerators.addmm_(w.T, torch.view_as_real(shifted).reshape(len(w), -1))
         denominators.addmm_(by_orientation.T, operands.denominator[part])
         mean_slice = torch.view_as_complex((w @ flat_slices).reshape(m, len(phases), n_pixels, 2))
-        product = (operands.aligned[part, None] * phases * mean_slice.conj()).real.sum(1)
-        xa[part] = (product @ operands.shells).double()
-        aa[part] = ((by_orientation @ slice_power * operands.ctf2[part]) @ operands.shells).double()
-    every = torch.arange(n_fine, device=rows.device)
-    _insert(sums, references, batch, every, torch.view_as_complex(numerators.unflatten(1, (-1, 2))), denominators)
-    return xa, aa
-
-
-def _insert(
-    sums: Sums, references: References, batch: ImageBatch, fine: Tensor, numerators: Tensor, denominators: Tensor
-) -> None:
-    """Back-project slices `(u, p)` of ascending fine orientations into the volumes of their classes."""
-    grid = references.grid
-    per_class = grid.n_orientations * grid.orientation_children
-    ends = torch.searchsorted(fine, torch.arange(len(references) + 1, device=fine.device) * per_class).tolist()
-    for k, (start, end) in enumerate(pairwise(ends)):
-        if end > start:
-            backproject(
-                sums.data[k], sums.weight[k], numerators[start:end], denominators[start:end],
-                grid.child_matrices(fine[start:end] % per_class).to(denominators.dtype),
-                batch.geometry.kx, batch.geometry.ky, references.padding, references.r_max,
-            )  # fmt: skip
+        a = (operands.aligned[part, None] * phases * mean_slice.conj()).real.sum(1)
+        b = by_orientation @ slice_power * operands.ctf2[part]
+        scale = operands.scale[part, None]
+        difference = scale * (scale * b - 2 * a)
+        residual += difference.sum(0, dtype=torch.float64)
+        figures[part] = torch.stack((difference.sum(1), a @ operands.strong, b @ operands.strong), 1).double()
+    numerators = torch.view_as_complex(numerators.unflatten(1, (-1, 2)))
+    slices.insert(sums.data, sums.weight, numerators, denominators)
+    return residual, figures

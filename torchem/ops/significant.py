@@ -1,5 +1,7 @@
 """The smallest set of samples of each particle that carries a given fraction of its weight."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,99 @@ from torch import Tensor
 BINS = 1024
 # weights are summed as whole multiples of 1/UNIT, so that the order of the sums does not matter
 UNIT = 2**40
+# the kernel narrows a row's threshold this often, each time by EDGES: 24 nats to 2e-5
+PASSES, EDGES = 4, 32
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What becomes of a ragged list `(b,)` of log weights, n rows one after the other.
+
+    Attributes
+    ----------
+    kept
+        `(b,)` probability of each significant entry, 0 elsewhere.
+    top, log_total
+        `(n,)` largest log weight, and float64 log of the row's whole weight.
+    best
+        `(n,)` int64: place in the list of each row's first largest entry.
+    """
+
+    kept: Tensor
+    top: Tensor
+    log_total: Tensor
+    best: Tensor
+
+
+def posterior(log_weights: Tensor, first: Tensor, fraction: float) -> Posterior:
+    """Normalise the rows of a ragged list and keep the significant entries, as :func:`significant_samples` has them.
+
+    Parameters
+    ----------
+    log_weights
+        `(b,)` real.
+    first
+        `(n + 1,)` int64: where each row begins, and the end; no row is empty.
+    fraction
+        RELION's adaptive_fraction.
+    """
+    if log_weights.is_cuda and log_weights.dtype == torch.float32:
+        return _posterior_on_gpu(log_weights, first, fraction)
+    n_rows = len(first) - 1
+    rows = torch.repeat_interleave(torch.arange(n_rows, device=first.device), first.diff())
+    top, log_total = row_logsumexp(log_weights, rows, n_rows)
+    significant = significant_samples(log_weights, rows, log_total, fraction)
+    probability = (log_weights.double() - log_total[rows]).exp().to(log_weights.dtype)
+    return Posterior(
+        torch.where(significant, probability, 0.0), top, log_total, first_best(log_weights, rows, top)
+    )
+
+
+def significant_of_rows(log_weights: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the significant entries of a matrix `(n, c)`, as :func:`significant_samples` has them.
+
+    On a GPU the matrix is overwritten.
+    """
+    n, columns = log_weights.shape
+    if log_weights.is_cuda and log_weights.dtype == torch.float32:
+        first = torch.arange(n + 1, device=log_weights.device) * columns
+        kept = _posterior_on_gpu(log_weights.flatten(), first, fraction, in_place=True).kept
+        row, column = torch.nonzero(kept.view(n, columns), as_tuple=True)
+        return row, column
+    log_total = torch.logsumexp(log_weights, dim=1).double()
+    floor = log_total + torch.log(torch.as_tensor((1 - fraction) * 1e-3 / columns, dtype=torch.float64))
+    row, column = torch.nonzero(log_weights > floor[:, None], as_tuple=True)
+    keep = significant_samples(log_weights[row, column], row, log_total, fraction)
+    return row[keep], column[keep]
+
+
+def first_best(values: Tensor, rows: Tensor, top: Tensor) -> Tensor:
+    """`(n,)`: place of the first largest value of each row of a ragged list, `top` being these values."""
+    place = torch.arange(len(values), device=values.device)
+    best = torch.full((len(top),), len(values), dtype=torch.int64, device=values.device)
+    return best.scatter_reduce_(0, rows, torch.where(values == top[rows], place, len(values)), "amin")
+
+
+def _deepest(counts: Tensor, fraction: float) -> Tensor:
+    """Nats under a row's total from which on its `counts` samples together do not reach the rest of the fraction."""
+    return torch.log(counts.clamp(min=1).double() / max((1 - fraction) * 1e-3, 1e-300))
+
+
+def _posterior_on_gpu(log_weights: Tensor, first: Tensor, fraction: float, in_place: bool = False) -> Posterior:
+    from torchem.kernels.significant import posterior_kernel
+
+    n, device = len(first) - 1, first.device
+    kept = log_weights if in_place else torch.empty_like(log_weights)
+    top = torch.empty(n, dtype=torch.float32, device=device)
+    log_total = torch.empty(n, dtype=torch.float64, device=device)
+    best = torch.empty(n, dtype=torch.int64, device=device)
+    deepest = _deepest(first.diff(), fraction).float()
+    if n:
+        posterior_kernel[(n,)](
+            log_weights, first, kept, top, log_total, best, fraction, deepest,
+            BLOCK=256, EDGES=EDGES, PASSES=PASSES, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return Posterior(kept, top, log_total, best)
 
 
 def row_logsumexp(log_weights: Tensor, rows: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
@@ -56,8 +151,7 @@ def significant_samples(
     n_rows = len(log_totals)
     below = log_totals[rows] - log_weights  # nats under the row's total, >= 0 but for rounding
     # a sample that far down cannot be needed: all such samples of a row together do not reach the rest
-    counts = torch.bincount(rows, minlength=n_rows).clamp(min=1)
-    deepest = torch.log(counts / max((1 - fraction) * 1e-3, 1e-300))
+    deepest = _deepest(torch.bincount(rows, minlength=n_rows), fraction)
     candidates = below <= deepest[rows]
     # find the bin of log weights in which the sum passes the fraction; only that bin is sorted
     width = (deepest / BINS)[rows]

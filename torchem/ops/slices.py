@@ -6,9 +6,59 @@ the conjugate of the mate where x < 0 (Zhang et al. 2018, §2; RELION's Projecto
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Central slices of k volumes at u orientations, cut when they are asked for.
+
+    Attributes
+    ----------
+    volumes
+        `(k, D, D, D//2 + 1)` or `(k, D, D//2 + 1)` complex.
+    classes, matrices
+        `(u,)` int64, the volume of each slice, and `(u, 3, 3)` its orientation.
+    kx, ky, padding, r_max
+        as in :func:`project`.
+    """
+
+    volumes: Tensor
+    classes: Tensor
+    matrices: Tensor
+    kx: Tensor
+    ky: Tensor
+    padding: int
+    r_max: int
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __getitem__(self, which: Tensor | slice) -> "Slices":
+        return replace(self, classes=self.classes[which], matrices=self.matrices[which])
+
+    def cut(self) -> Tensor:
+        """`(u, p)` complex."""
+        if len(self.volumes) == 1:
+            return project(self.volumes[0], self.matrices, self.kx, self.ky, self.padding, self.r_max)
+        cut = torch.empty((len(self), len(self.kx)), dtype=self.volumes.dtype, device=self.volumes.device)
+        for k, volume in enumerate(self.volumes):
+            mine = torch.nonzero(self.classes == k)[:, 0]
+            cut[mine] = project(volume, self.matrices[mine], self.kx, self.ky, self.padding, self.r_max)
+        return cut
+
+    def insert(self, data: Tensor, weight: Tensor, slices: Tensor, slice_weights: Tensor) -> None:
+        """Add slices `(u, p)` and their weights to the accumulators `(k, …)` of the volumes, in place."""
+        for k in range(len(self.volumes)):
+            mine = slice(None) if len(self.volumes) == 1 else torch.nonzero(self.classes == k)[:, 0]
+            backproject(
+                data[k], weight[k], slices[mine], slice_weights[mine], self.matrices[mine], self.kx, self.ky,
+                self.padding, self.r_max,
+            )  # fmt: skip
+
 
 
 def project(volume: Tensor, matrices: Tensor, kx: Tensor, ky: Tensor, padding: int, r_max: int) -> Tensor:

@@ -1,0 +1,201 @@
+"""Given pairs of an image and an orientation: their scores, and their share of the weighted sums, slices included.
+
+Both work wherever few orientations of each image matter: in local searches and in the fine pass. On a GPU a slice is
+cut in the kernel that uses it and never stored (:mod:`torchem.kernels.pairs`, single precision, 3D references);
+elsewhere slices that several images share are cut once. With X an image, P a slice and phi the ramp of a shift,
+everything weighted as the caller says (Scheres 2012, eqs. 3-7).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchem.ops.slices import Slices
+from torchem.ops.squared_difference import score_pairs as score_cut_pairs
+
+# of the fixed point numbers that deterministic sums are made of: room for 2^23 contributions as large as the largest
+FIXED_POINT = 2.0**39
+
+
+def score_pairs(
+    slices: Slices, orientation: Tensor, which: Tensor, images: Tensor, weights: Tensor, phases: Tensor,
+    power: Tensor | None, chunk_elements: int,
+) -> Tensor:  # fmt: skip
+    """Score pairs of an image and a slice at every shift: Re Σ X φ P* - ½ Σ W |P|², or normalised correlation.
+
+    Parameters
+    ----------
+    slices
+        u orientations.
+    orientation, which
+        `(m,)` int64: slice and image of each pair.
+    images, weights, power
+        `(n, p)` complex, `(n, p)`, `(n,)` or None, as in :func:`torchem.ops.squared_difference.score`.
+    phases
+        `(t, p)` complex.
+    chunk_elements
+        largest number of complex values in a temporary of the reference.
+
+    Returns
+    -------
+    `(m, t)` real.
+    """
+    if _on_gpu(slices):
+        cross, norm = _score_on_gpu(slices, orientation, which, images, weights, phases)
+        if power is None:
+            return cross.sub_(0.5 * norm[:, None])
+        return cross.div_((norm * power[which]).sqrt()[:, None])
+    scores = torch.empty((len(which), len(phases)), dtype=weights.dtype, device=weights.device)
+    # neighbours share a slice
+    order = torch.argsort(orientation, stable=True)
+    for chunk in order.split(max(1, chunk_elements // images.shape[1])):
+        unique, inverse = torch.unique_consecutive(orientation[chunk], return_inverse=True)
+        mine = which[chunk]
+        scores[chunk] = score_cut_pairs(
+            images[mine], weights[mine], slices[unique].cut()[inverse][:, None], phases,
+            None if power is None else power[mine],
+        )[:, 0]  # fmt: skip
+    return scores
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the images `(n, p)` are multiplied by on their way into the sums, and what is asked of the residuals."""
+
+    aligned: Tensor  # C·X, masked
+    ctf2: Tensor  # C²
+    numerator: Tensor  # S·C/σ²·X, unmasked
+    denominator: Tensor  # (S·C)²/σ²
+    scale: Tensor  # (n,) S
+    strong: Tensor  # (p,) 1 where the scale may be learnt from, 0 elsewhere
+
+
+def add_pairs(
+    slices: Slices, orientation: Tensor, which: Tensor, probability: Tensor, phases: Tensor, operands: Operands,
+    data: Tensor, weight: Tensor, chunk_elements: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Add pairs to the sums, each at its shifts' probabilities, and sum what noise, norm and scale need.
+
+    The shifts of a pair collapse into one ramp Q = Σ_t w φ_t: numerators gain S·C/σ²·X Q, denominators
+    (S·C)²/σ² Σ w. With A = Re Σ_t w (C·P)* X φ_t = Re C·X Q P* and B = Σ_t w |C·P|², the power of what is left of an
+    image is |X|² + S²B - 2SA.
+
+    Parameters
+    ----------
+    slices, orientation, which, phases
+        as in :func:`score_pairs`.
+    probability
+        `(m, t)`.
+    data, weight
+        `(k, …)` accumulators, changed in place.
+
+    Returns
+    -------
+    `(p,)` S²B - 2SA of all pairs; `(n, 3)` its sum over pixels by image, and those of A and B where ``strong``; double.
+    """
+    if _on_gpu(slices):
+        return _add_on_gpu(slices, orientation, which, probability, phases, operands, data, weight)
+    n, n_pixels = operands.ctf2.shape
+    ramps = torch.view_as_real(phases).flatten(1)
+    residual = torch.zeros(n_pixels, dtype=torch.float64, device=which.device)
+    figures = torch.zeros((n, 3), dtype=torch.float64, device=which.device)
+    chosen = torch.stack((torch.ones_like(operands.strong), operands.strong), 1)
+    order = torch.argsort(orientation, stable=True)
+    for chunk in order.split(max(1, chunk_elements // n_pixels)):
+        unique, inverse = torch.unique_consecutive(orientation[chunk], return_inverse=True)
+        here, mine, w = slices[unique], which[chunk], probability[chunk]
+        total = w.sum(1, keepdim=True)
+        ramp = torch.view_as_complex((w @ ramps).unflatten(1, (n_pixels, 2)))
+        cut, scale = here.cut()[inverse], operands.scale[mine, None]
+        a = (cut.conj() * operands.aligned[mine] * ramp).real
+        b = torch.view_as_real(cut).square().sum(-1) * operands.ctf2[mine] * total
+        difference = scale * (scale * b - 2 * a)
+        residual += difference.sum(0, dtype=torch.float64)
+        by_pair = torch.stack((difference.sum(1), *(a @ chosen).T[1:], *(b @ chosen).T[1:]), 1)
+        figures.index_add_(0, mine, by_pair.double())
+        # pairs of one orientation are added up before anything is scattered
+        added = torch.zeros((len(unique), 2 * n_pixels), dtype=w.dtype, device=w.device)
+        added.index_add_(0, inverse, torch.view_as_real(ramp * operands.numerator[mine]).flatten(1))
+        added_weight = torch.zeros((len(unique), n_pixels), dtype=w.dtype, device=w.device)
+        added_weight.index_add_(0, inverse, operands.denominator[mine] * total)
+        here.insert(data, weight, torch.view_as_complex(added.unflatten(1, (-1, 2))), added_weight)
+    return residual, figures
+
+
+def _on_gpu(slices: Slices) -> bool:
+    return slices.volumes.is_cuda and slices.volumes.dtype == torch.complex64 and slices.volumes.ndim == 4
+
+
+def _packed(values: Tensor) -> Tensor:
+    """Complex64 as int64, one load a value."""
+    return values.resolve_conj().contiguous().view(torch.int64)
+
+
+def _cells(slices: Slices) -> tuple[Tensor, Tensor]:
+    """`(u,)` where each slice's volume begins, and `(u, 6)` padded x, y, z a step in kx and in ky."""
+    first = slices.classes * slices.volumes[0].numel()
+    turns = slices.matrices[:, :2].transpose(1, 2) * slices.padding
+    return first, turns.to(torch.float32).contiguous()
+
+
+def _score_on_gpu(
+    slices: Slices, orientation: Tensor, which: Tensor, images: Tensor, weights: Tensor, phases: Tensor
+) -> tuple[Tensor, Tensor]:
+    from torchem.kernels.pairs import score_pairs_kernel
+
+    m, n_shifts = len(which), len(phases)
+    cross = torch.empty((m, n_shifts), dtype=torch.float32, device=which.device)
+    norm = torch.empty(m, dtype=torch.float32, device=which.device)
+    block_m, block_t = 32, 16 if n_shifts <= 16 else 64
+    if m:
+        score_pairs_kernel[(-(-m // block_m), -(-n_shifts // block_t))](
+            _packed(slices.volumes), *_cells(slices), orientation, which, slices.kx, slices.ky, _packed(images),
+            weights.contiguous(), _packed(phases), cross, norm, m, images.shape[1], n_shifts,
+            slices.volumes.shape[1] // 2, float(slices.r_max**2), BLOCK_M=block_m, BLOCK_P=16, BLOCK_T=block_t,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return cross, norm
+
+
+def _add_on_gpu(
+    slices: Slices, orientation: Tensor, which: Tensor, probability: Tensor, phases: Tensor, operands: Operands,
+    data: Tensor, weight: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from torchem.kernels.pairs import add_pairs_kernel
+
+    m, device = len(which), which.device
+    n, n_pixels = operands.ctf2.shape
+    fixed = torch.are_deterministic_algorithms_enabled()
+    # whole numbers add up to the same in any order
+    sums = torch.zeros((weight.numel(), 4), dtype=torch.int64 if fixed else torch.float32, device=device)
+    residual = torch.zeros(n_pixels, dtype=torch.int64 if fixed else torch.float64, device=device)
+    by_pair = torch.empty((m, 3), dtype=torch.float32, device=device)
+    unit = _fixed_points(slices, operands)
+    if m:
+        add_pairs_kernel[(-(-m // 16),)](
+            _packed(slices.volumes), *_cells(slices), orientation, which, slices.kx, slices.ky,
+            _packed(operands.aligned), operands.ctf2.contiguous(), _packed(operands.numerator),
+            operands.denominator.contiguous(), operands.scale.contiguous(), operands.strong.contiguous(),
+            _packed(phases), probability.contiguous(), sums, by_pair, residual, unit, m, n_pixels, len(phases),
+            slices.volumes.shape[1] // 2, float(slices.r_max**2), BLOCK_M=16, BLOCK_P=16, BLOCK_T=16, FIXED=fixed,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+    if fixed:
+        sums, residual = sums.double() / unit[0], residual.double() / unit[1]
+    real, imaginary, share, _ = sums.to(weight.dtype).reshape(*weight.shape, 4).unbind(-1)
+    data += torch.complex(real, imaginary)
+    weight += share
+    figures = torch.zeros((n, 3), dtype=torch.float64, device=device)
+    return residual, figures.index_add_(0, which, by_pair.double())
+
+
+def _fixed_points(slices: Slices, operands: Operands) -> Tensor:
+    """How many units of the fixed point numbers a 1 is, in the volumes and in the residuals."""
+    largest = torch.view_as_real(slices.volumes).abs().amax() * 2
+    scale = operands.scale.abs().amax()
+    volume = torch.maximum(torch.view_as_real(operands.numerator).abs().amax() * 2, operands.denominator.amax())
+    residual = scale * largest * (
+        scale * largest * operands.ctf2.amax() + 4 * torch.view_as_real(operands.aligned).abs().amax()
+    )
+    return FIXED_POINT / torch.stack((volume, residual)).clamp(min=1e-30)
