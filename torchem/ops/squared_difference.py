@@ -3,10 +3,114 @@ r"""Scores of images against shifted projections: minus half the noise-weighted 
 With everything divided by sigma, :math:`-\tfrac12\|X_t - CP\|^2 = -\tfrac12\|X\|^2 + \Re\sum (C X_t) P^* -
 \tfrac12 \sum C^2 |P|^2`: a matrix product, a smaller one, and a constant of the image, which is left out here
 (Zhang et al. 2018, eq. 5.1; RELION's getAllSquaredDifferences).
+
+:func:`log_weights` does a whole grid with its priors, by Triton kernels on a GPU. In half precision its norms are
+those of the rounded projections: the score is then exact for a slightly different reference, and only noise ×
+rounding is lost.
 """
+
+import functools
+import logging
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a real operand is split into terms, and how many of their products are taken."""
+
+    dtype: torch.dtype
+    image_terms: int
+    projection_terms: int
+    products: int
+    mode: str = "tf32"  # of the tensor cores; ieee: FP32 units
+
+
+PRECISIONS = {
+    "fp16": Precision(torch.float16, 1, 1, 1),
+    "split": Precision(torch.float16, 1, 2, 2),
+    "three": Precision(torch.float16, 2, 2, 3),
+    "tf32": Precision(torch.float32, 1, 1, 1),
+    "fp32": Precision(torch.float32, 1, 1, 1, "ieee"),
+}
+# the largest Σ|C·P/σ|² for which each keeps log weights within 20 of the best to 0.02 (rms)
+LADDER = {"fp16": 300.0, "split": 1e5, "three": 1e7, "fp32": float("inf")}
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sizes of a Triton program: rows (shifted images), columns (orientations), depth, columns written at once."""
+
+    rows: int
+    columns: int
+    depth: int
+    part: int
+    warps: int = 8
+    stages: int = 3
+    flatten: bool = True
+
+
+@dataclass
+class Projections:
+    """Projections made ready for :func:`log_weights`, once for all images.
+
+    Attributes
+    ----------
+    values
+        `(k·r, p)` complex, as given, class by class.
+    terms
+        `(k·stride, terms·2·half)` rounded, whitened and padded for the kernels; None for PyTorch.
+    factor
+        `(p,)` what images must be multiplied by in return.
+    """
+
+    values: Tensor
+    n_classes: int
+    precision: str
+    backend: str
+    whitened: bool
+    terms: Tensor | None = None
+    factor: Tensor | None = None
+
+    @property
+    def per_class(self) -> int:
+        return len(self.values) // self.n_classes
+
+    @property
+    def stride(self) -> int:
+        """Columns of a class, padded."""
+        return -(-self.per_class // 16) * 16
+
+    @property
+    def half(self) -> int:
+        """Real values of an operand, padded; as many imaginary ones."""
+        return -(-self.values.shape[1] // 64) * 64
+
+
+@dataclass
+class LogWeights:
+    """Log weights of every image, shift and orientation, and their sums by tile.
+
+    Attributes
+    ----------
+    values
+        `(n, t, k·r)`.
+    tile_max, tile_sum
+        `(n, t, k·tiles)`: largest value of ``tile`` orientations of a class, and sum of exp(value - largest).
+    """
+
+    values: Tensor
+    tile_max: Tensor
+    tile_sum: Tensor
+    tile: int
+
+    def log_total(self) -> Tensor:
+        """`(n,)` float64: log of the sum of all weights of each image."""
+        return torch.logsumexp((self.tile_max.double() + self.tile_sum.double().log()).flatten(1), dim=1)
 
 
 def score(
@@ -64,3 +168,279 @@ def score_pairs(
     if power is None:
         return cross.sub_(0.5 * norm[..., None])
     return cross.div_((norm * power[:, None]).sqrt()[..., None])
+
+
+def choose_precision(largest_power: float) -> str:
+    """The cheapest precision that is good enough for all projections up to Σ|C·P/σ|² = ``largest_power``."""
+    if not largest_power >= 0:
+        raise ValueError(f"the largest power is {largest_power}")
+    precision = next(name for name, limit in LADDER.items() if largest_power <= limit)
+    _log_choice(precision)
+    return precision
+
+
+@functools.cache
+def _log_choice(precision: str) -> None:
+    log.info("scores are computed in %s (largest Σ|C·P/σ|² up to %g)", precision, LADDER[precision])
+
+
+def prepare_projections(
+    projections: Tensor,
+    precision: str = "fp32",
+    whitening: Tensor | None = None,
+    n_classes: int = 1,
+    backend: str | None = None,
+) -> Projections:
+    """Round and pad projections for :func:`log_weights`.
+
+    Parameters
+    ----------
+    projections
+        `(k·r, p)` complex: CTF-free central slices, class by class.
+    precision
+        of the Triton kernels: a key of ``PRECISIONS``; PyTorch computes in the dtype of the projections.
+    whitening
+        `(p,)` about 1/σ, 0 where weights are 0; needed for log-likelihoods by the kernels, None for correlations.
+    backend
+        "triton", "matmul" or "reference"; by default Triton for float32 on a GPU, else matrix products.
+    """
+    if projections.ndim != 2 or not projections.is_complex():
+        raise ValueError(f"projections are {tuple(projections.shape)} {projections.dtype}, not (r, p) complex")
+    if len(projections) % n_classes:
+        raise ValueError(f"{len(projections)} projections are not {n_classes} classes of as many each")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    if backend is None:
+        backend = "triton" if projections.is_cuda and projections.dtype == torch.complex64 else "matmul"
+    if backend not in ("triton", "matmul", "reference"):
+        raise ValueError(f"backend is {backend!r}; it must be triton, matmul or reference")
+    if backend != "triton":
+        return Projections(projections, n_classes, precision, backend, whitening is not None)
+    if whitening is None:
+        # a power of two, so that FP16 overflows nowhere
+        peak = torch.view_as_real(projections).abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        scale = torch.exp2(-peak.log2().ceil()).expand(projections.shape[1])
+    else:
+        scale = whitening.float()
+    factor = torch.where(scale > 0, 1 / scale, 0.0)
+    result = Projections(projections, n_classes, precision, backend, whitening is not None, None, factor)
+    how = PRECISIONS[precision]
+    n, p, r = how.projection_terms, projections.shape[1], result.per_class
+    terms = projections.new_zeros((n_classes, result.stride, n, 2, result.half), dtype=how.dtype)
+    for k in range(n_classes):
+        for rows in torch.arange(r).split(8192):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            planes = torch.view_as_real(projections[k * r : (k + 1) * r][part]).movedim(-1, 1).float() * scale
+            high = planes.to(how.dtype)
+            terms[k, part, n - 1, :, :p] = high
+            if n == 2:
+                terms[k, part, 0, :, :p] = (planes - high.float()).to(how.dtype)
+    result.terms = terms.flatten(2).flatten(0, 1)
+    return result
+
+
+def log_weights(
+    images: Tensor,
+    weights: Tensor,
+    projections: Projections,
+    phases: Tensor,
+    orientation_prior: Tensor | None = None,
+    offset_prior: Tensor | None = None,
+    power: Tensor | None = None,
+    constant: Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> LogWeights:
+    """Score every image against every projection at every shift and add the log priors.
+
+    Parameters
+    ----------
+    images, weights, phases
+        as in :func:`score`; complex64 and float32 for the kernels.
+    orientation_prior, offset_prior
+        `(k·r,)` and `(n, k, t)`: log priors, added to log-likelihoods.
+    power
+        `(n,)` Σ|X|²: given, the score is the normalised cross-correlation instead, without priors.
+    constant
+        `(n,)` float64, -½Σ|X|²/σ²: added to the log-likelihoods, whose large terms then cancel before they are
+        rounded to float32. Needed at Σ|C·P/σ|² of 10⁵ and more.
+    tiling
+        sizes of the Triton programs, to compare.
+
+    Returns
+    -------
+    :class:`LogWeights`
+    """
+    n, t, p = len(images), len(phases), images.shape[1]
+    shapes = {
+        "weights": (weights, (n, p)), "projections": (projections.values, (len(projections.values), p)),
+        "phases": (phases, (t, p)), "power": (power, (n,)), "constant": (constant, (n,)),
+        "orientation_prior": (orientation_prior, (len(projections.values),)),
+        "offset_prior": (offset_prior, (n, projections.n_classes, t)),
+    }  # fmt: skip
+    for name, (value, shape) in shapes.items():
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}; with images {tuple(images.shape)} it must be {shape}")
+    if power is None and (orientation_prior is None or offset_prior is None):
+        raise ValueError("log-likelihoods need orientation_prior and offset_prior")
+    if power is not None and not (orientation_prior is None and offset_prior is None and constant is None):
+        raise ValueError("a correlation (power given) takes no priors and no constant")
+    arguments = (images, weights, projections, phases, orientation_prior, offset_prior, power, constant)
+    if projections.backend == "triton":
+        return _by_kernels(*arguments, tiling)
+    return _by_pytorch(*arguments)
+
+
+def _by_pytorch(
+    images: Tensor, weights: Tensor, projections: Projections, phases: Tensor, orientation_prior: Tensor | None,
+    offset_prior: Tensor | None, power: Tensor | None, constant: Tensor | None,
+) -> LogWeights:  # fmt: skip
+    p, k, r = projections.values, projections.n_classes, projections.per_class
+    if projections.backend == "reference":
+        shifted = images[:, None] * phases
+        cross = (shifted[:, :, None] * p.conj()).real.sum(-1)
+        norm = (weights[:, None] * p.abs().square()).sum(-1)[:, None]
+        value = cross - 0.5 * norm if power is None else cross / (norm * power[:, None, None]).sqrt()
+    else:
+        value = score(images, weights, p, phases, power).transpose(1, 2)
+    if power is None:
+        assert orientation_prior is not None and offset_prior is not None
+        value = value + orientation_prior.to(value.dtype)
+        value += offset_prior.to(value.dtype).transpose(1, 2).repeat_interleave(r, dim=2)
+        if constant is not None:
+            value += constant.to(value.dtype)[:, None, None]
+    tiles = value.unflatten(2, (k, r))
+    top = tiles.amax(-1)
+    safe = torch.where(top == -torch.inf, 0.0, top)
+    return LogWeights(value, top, (tiles - safe[..., None]).exp().sum(-1), r)
+
+
+def _by_kernels(
+    images: Tensor, weights: Tensor, projections: Projections, phases: Tensor, orientation_prior: Tensor | None,
+    offset_prior: Tensor | None, power: Tensor | None, constant: Tensor | None, tiling: Tiling | None,
+) -> LogWeights:  # fmt: skip
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from torchem.kernels import squared_difference as kernels
+
+    if projections.whitened == (power is not None):
+        raise ValueError("projections for log-likelihoods need a whitening, those for correlations must have none")
+    how = PRECISIONS[projections.precision]
+    n, t, p = len(images), len(phases), images.shape[1]
+    k, r, stride, half = projections.n_classes, projections.per_class, projections.stride, projections.half
+    rows, columns = n * t, k * stride
+    device, terms = images.device, projections.terms
+    assert terms is not None and projections.factor is not None
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if images.is_cuda else 3
+    tiling = tiling or _tiling(how, rows, k, r, processors)
+    exact = how.products == 3 or how.mode == "ieee"
+    if constant is not None:
+        constant = constant.double().contiguous()
+    priors = [None if x is None else x.float().contiguous() for x in (orientation_prior, offset_prior)]
+
+    shifted = torch.empty((rows, how.image_terms * 2 * half), dtype=how.dtype, device=device)
+    if exact:
+        norms = _exact_norms(weights, projections, power, constant)
+        norm_programs = 0
+    else:
+        norms = torch.empty((n, columns), device=device)
+        norm_programs = -(-columns // 128) * -(-n // 64)
+    shift_programs = -(-rows // 32) * -(-half // 128)
+    kernels.prepare[(norm_programs + shift_programs,)](
+        torch.view_as_real(images.contiguous()), weights.contiguous(), torch.view_as_real(phases.contiguous()),
+        projections.factor, power, constant, TensorDescriptor.from_tensor(terms, [128, 64]), shifted, norms,
+        n, rows, t, p, half, columns // 16, norm_programs,
+        IMAGE_TERMS=how.image_terms, TERMS=how.projection_terms, CORRELATION=power is not None,
+        CONSTANT=constant is not None, ROWS=32, COLUMNS=128, ORIENTATIONS=128, IMAGES=64, PIXELS=64, num_warps=8,
+    )  # fmt: skip
+
+    class_tiles = -(-r // tiling.columns)
+    values = torch.empty((n, t, k, stride), device=device)
+    tile_max = torch.empty((n, t, k * class_tiles), device=device)
+    tile_sum = torch.empty_like(tile_max)
+    programs = -(-rows // tiling.rows) * class_tiles * k
+    if tiling.flatten:
+        programs = min(programs, processors)
+    kernels.log_weights[(programs,)](
+        TensorDescriptor.from_tensor(shifted, [tiling.rows, tiling.depth]),
+        TensorDescriptor.from_tensor(terms, [tiling.columns, tiling.depth]),
+        norms, constant, *priors, values, tile_max, tile_sum, rows, t, half, k, r, stride // 16, programs,
+        PRODUCTS=how.products, PRECISION=how.mode, CORRELATION=power is not None, CONSTANT=constant is not None,
+        ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, PART=tiling.part, FLATTEN=tiling.flatten,
+        num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip
+    return LogWeights(values[..., :r].flatten(2), tile_max, tile_sum, tiling.columns)
+
+
+def _tiling(how: Precision, rows: int, n_classes: int, per_class: int, processors: int) -> Tiling:
+    """Tiles that fill the tensor cores; narrower ones where there are few, or where sums are kept in two terms."""
+    if how.mode == "ieee":
+        return Tiling(64, 64, 32, 64, flatten=False)
+    depth = 128 // how.dtype.itemsize
+    few = -(-rows // 128) * -(-per_class // 256) * n_classes < 2 * processors
+    return Tiling(128, 128 if few or how.products == 3 else 256, depth, 64)
+
+
+def _exact_norms(weights: Tensor, projections: Projections, power: Tensor | None, constant: Tensor | None) -> Tensor:
+    """`(n, k·stride)`: what the kernel takes as norms, summed in double."""
+    assert projections.terms is not None and projections.factor is not None
+    w = weights.double()
+    if power is None:
+        w = w * projections.factor.double().square()
+    n_terms = PRECISIONS[projections.precision].projection_terms
+    norms = torch.empty((len(weights), len(projections.terms)), device=weights.device)
+    for start in range(0, norms.shape[1], 4096):
+        planes = projections.terms[start : start + 4096].unflatten(1, (n_terms, 2, -1)).double().sum(1)
+        norm = w @ planes.square().sum(1)[:, : w.shape[1]].T
+        if power is not None:
+            norm = (norm * w.shape[1]).rsqrt()
+        else:
+            norm *= 0.5
+            if constant is not None:
+                norm -= (constant + (-2 * constant).float().double())[:, None]
+        norms[:, start : start + 4096] = norm
+    return norms
+
+
+def plain_squared_difference(
+    images: Tensor, ctf: Tensor, projections: Tensor, phases: Tensor, tiled: bool = True
+) -> Tensor:
+    """Minus half of Σ|X - C·P|²/σ² term by term in float32, without tensor cores (Zhang et al. 2018), to compare.
+
+    Parameters
+    ----------
+    images, ctf
+        `(n, p)`: complex64 X/σ and float32 C/σ.
+    projections, phases
+        `(r, p)`, `(t, p)` complex64.
+    tiled
+        share what was read between the pairs of a tile; else read everything again for every pair.
+
+    Returns
+    -------
+    `(n, t, r)` float32.
+    """
+    from torchem.kernels import squared_difference as kernels
+
+    n, t, r, p = len(images), len(phases), len(projections), images.shape[1]
+    if not tiled:
+        out = torch.empty((n, t, r), device=images.device)
+        kernels.plain_untiled[(r, n * t)](
+            torch.view_as_real(images.contiguous()), ctf.contiguous(), torch.view_as_real(phases.contiguous()),
+            torch.view_as_real(projections.contiguous()), out, r, t, p, PIXELS=128, num_warps=4,
+        )  # fmt: skip
+        return out
+    rows, columns, depth = (-(-x // y) for x, y in ((n * t, 16), (r, 16), (p, 4)))
+
+    def transposed(x: Tensor, width: int) -> Tensor:
+        padded = torch.zeros((depth * 4, width * 16), device=images.device)
+        padded[:p, : len(x)] = x.T
+        return padded
+
+    shifted = (images[:, None] * phases).flatten(0, 1)
+    out = torch.empty((n * t, columns * 16), device=images.device)
+    kernels.plain_tiled[(-(-n * t // 128), -(-r // 128))](
+        transposed(shifted.real, rows), transposed(shifted.imag, rows), transposed(ctf.repeat_interleave(t, 0), rows),
+        transposed(projections.real, columns), transposed(projections.imag, columns), out,
+        n * t, depth * 4, rows, columns, ROWS=128, COLUMNS=128, DEPTH=4, num_warps=8,
+    )  # fmt: skip
+    return out[:, :r].unflatten(0, (n, t))
