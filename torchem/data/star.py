@@ -183,14 +183,16 @@ def _words(column: pd.Series) -> list[str]:
 
 
 def _word(value: Any) -> str:
-    if isinstance(value, bool | np.bool_):
-        return str(int(value))
-    if isinstance(value, np.generic):
-        return _words(pd.Series(np.array([value])))[0]
-    if isinstance(value, int | float):
-        return repr(value)
+    if not isinstance(value, str):
+        if isinstance(value, bool | np.bool_):
+            return str(int(value))
+        if isinstance(value, np.generic):
+            return _words(pd.Series(np.array([value])))[0]
+        if isinstance(value, int | float):
+            return repr(value)
     text = str(value)
-    if text and not any(character.isspace() for character in text) and text[0] not in "\"'#":
+    # one word, and not a quoted one
+    if text.split() == [text] and text[0] not in "\"'#":
         return text
     if "\n" in text or ('"' in text and "'" in text):
         raise InputError(f"{text!r} cannot stand in a STAR file; rename it without line breaks and quotes")

@@ -1,10 +1,12 @@
 """What a run leaves behind: RELION's files for each iteration, and a checkpoint for what they cannot hold exactly.
 
-Files are written under temporary names; the optimiser file comes last and marks the iteration as whole.
+Files are written under temporary names; the optimiser file comes last and marks the iteration as whole. They are
+written on a thread, from a copy of the state, while the next iteration is computed.
 """
 
 import dataclasses
 import io
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,12 @@ from torchem.data.relion import (
     write_sampling,
 )
 from torchem.data.star import write_star
+from torchem.em.maximization import Joined
 from torchem.em.model import Model, Poses, State
 from torchem.em.options import RefineOptions
 from torchem.em.sampling import Grid, Sampling
+
+HOST = torch.device("cpu")
 
 
 class Output:
@@ -48,32 +53,63 @@ class Output:
         self.comment = "torchem" + (": simulated particles" if simulated else "")
         optics = particles.optics[0]
         self.box, self.pixel_size = optics.box, optics.pixel_size
+        # a single thread keeps the order, and Python ends no process before it is through
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="torchem-output")
+        self._writing: Future[None] | None = None
 
-    def write_iteration(self, state: State, grid: Grid) -> None:
+    def write(self, state: State, grid: Grid, joined: Joined | None) -> None:
+        """Begin to write an iteration, or the result if there is a joined map; all of it is copied first.
+
+        Raises
+        ------
+        InputError
+            The files before these could not be written.
+        """
+        self.finish()
+        state, directions = _copy(state), torch.stack((grid.rot, grid.tilt), 1).cpu()
+        if joined is None:
+            self._writing = self._thread.submit(self._iteration, state, directions)
+        else:
+            model = Model(**_on_device(vars(joined.model), HOST))
+            unfiltered = _on_device(joined.unfiltered, HOST)
+            self._writing = self._thread.submit(self._result, state, directions, model, unfiltered)
+
+    def finish(self) -> None:
+        """Wait until all is written.
+
+        Raises
+        ------
+        InputError
+            It could not be.
+        """
+        if self._writing is not None:
+            self._writing.result()
+
+    def _iteration(self, state: State, directions: Tensor) -> None:
         """Write run_it012_* and its checkpoint."""
         stem = f"run_it{state.iteration:03d}"
         for number, half in enumerate(state.halves, 1):
             self._map(f"{stem}_half{number}_class001.mrc", half.references[0])
             self._model(f"{stem}_half{number}", half, state, number - 1)
         self._data(stem, state)
-        self._sampling(stem, state, grid)
+        self._sampling(stem, state, directions)
         self._angular_distribution(f"{stem}_class001_angdist.bild", state)
         save_checkpoint(self.folder / f"{stem}_checkpoint.pt", state)
         self._optimiser(stem, state, [f"{stem}_half{n + 1}" for n in range(len(state.halves))])
 
-    def write_final(self, state: State, grid: Grid, joined: Model, unfiltered: list[Tensor]) -> None:
-        """Write the result: the joined map, the unfiltered halves, run_{data,model,sampling,optimiser}.star."""
+    def _result(self, state: State, directions: Tensor, joined: Model, unfiltered: list[Tensor]) -> None:
+        """Write the joined map, the unfiltered halves, run_{data,model,sampling,optimiser}.star."""
         for number, map_ in enumerate(unfiltered, 1):
             self._map(f"run_half{number}_class001_unfil.mrc", map_)
         self._map("run_class001.mrc", joined.references[0])
         self._model("run", joined, state, None)
         self._data("run", state)
-        self._sampling("run", state, grid)
+        self._sampling("run", state, directions)
         self._angular_distribution("run_class001_angdist.bild", state)
         self._optimiser("run", state, ["run"])
 
     def _map(self, name: str, map_: Tensor) -> None:
-        write_map(self.folder / name, map_.cpu().numpy(), self.pixel_size, label=self.comment)
+        write_map(self.folder / name, map_.numpy(), self.pixel_size, label=self.comment)
 
     def _model(self, stem: str, model: Model, state: State, half: int | None) -> None:
         shells = self.box // 2 + 1
@@ -81,7 +117,7 @@ class Output:
         counts = np.bincount(self.particles.group[mine], minlength=len(self.particles.group_names))
         classes = []
         for k in range(model.n_classes):
-            coverage = model.fourier_coverage[k].cpu().numpy()
+            coverage = model.fourier_coverage[k].numpy()
             reached = np.arange(shells) <= self.box * self.pixel_size / state.current_resolution
             volume = np.arange(shells) ** 2 * reached
             classes.append(ModelClass(
@@ -90,22 +126,22 @@ class Output:
                 acc_rot=state.accuracy_angles, acc_trans=state.accuracy_offsets,
                 resolution=state.current_resolution if np.isfinite(state.current_resolution) else 0.0,
                 overall_completeness=float((coverage * volume).sum() / max(volume.sum(), 1)),
-                data_vs_prior=model.data_vs_prior[k].cpu().numpy(),
-                fsc=model.fsc[k].cpu().numpy(),
+                data_vs_prior=model.data_vs_prior[k].numpy(),
+                fsc=model.fsc[k].numpy(),
                 completeness=coverage,
-                sigma2=model.sigma2[k].cpu().numpy(),
-                tau2=model.tau2[k].cpu().numpy(),
+                sigma2=model.sigma2[k].numpy(),
+                tau2=model.tau2[k].numpy(),
                 orientability=state.orientability.numpy(),
-                pdf_direction=model.pdf_direction[k].cpu().numpy() if model.ndim == 3 else None,
+                pdf_direction=model.pdf_direction[k].numpy() if model.ndim == 3 else None,
             ))  # fmt: skip
         write_model(self.folder / f"{stem}_model.star", ModelFile(
             reference_dimension=model.ndim, box=self.box, current_resolution=state.current_resolution,
             current_size=state.current_size, pixel_size=self.pixel_size, classes=classes,
             group_names=self.particles.group_names,
-            sigma2_noise=[s.cpu().numpy() for s in model.sigma2_noise],
+            sigma2_noise=[s.numpy() for s in model.sigma2_noise],
             tau2_fudge=self.options.tau2_fudge, norm_correction_average=model.norm_average,
             sigma_offset_angst=model.sigma_offset, log_likelihood=model.log_likelihood,
-            average_pmax=model.average_pmax, group_counts=counts, group_scales=model.scale.cpu().numpy(),
+            average_pmax=model.average_pmax, group_counts=counts, group_scales=model.scale.numpy(),
             orientational_prior_mode=0 if state.local_sigma is None else 3,
             sigma_prior_rot=state.local_sigma or 0.0, sigma_prior_tilt=state.local_sigma or 0.0,
             sigma_prior_psi=state.local_sigma or 0.0,
@@ -134,7 +170,7 @@ class Output:
             {"optics": self.particles.optics_table, "particles": table}, self.comment,
         )  # fmt: skip
 
-    def _sampling(self, stem: str, state: State, grid: Grid) -> None:
+    def _sampling(self, stem: str, state: State, directions: Tensor) -> None:
         sampling, options = state.sampling, self.options.sampling
         write_sampling(self.folder / f"{stem}_sampling.star", SamplingFile(
             healpix_order=sampling.healpix_order, symmetry=sampling.symmetry, psi_step=sampling.psi_step,
@@ -144,7 +180,7 @@ class Output:
             psi_step_original=360.0 / (6 * 2**options.healpix_order),
             offset_range_original=options.offset_range * self.pixel_size,
             offset_step_original=options.offset_step * self.pixel_size,
-            directions=torch.stack((grid.rot, grid.tilt), 1).cpu().numpy(),
+            directions=directions.numpy(),
         ), self.comment)  # fmt: skip
 
     def _optimiser(self, stem: str, state: State, models: list[str]) -> None:
@@ -196,9 +232,9 @@ class Output:
 
 
 def save_checkpoint(path: Path, state: State) -> None:
-    """Write all of a state, exactly; the same state gives the same bytes."""
+    """Write all of a state on the host, exactly; the same state gives the same bytes."""
     plain = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    plain["halves"] = [_on_device(vars(half), torch.device("cpu")) for half in state.halves]
+    plain["halves"] = [dict(vars(half)) for half in state.halves]
     plain["sampling"] = dataclasses.asdict(state.sampling)
     plain["poses"] = dict(vars(state.poses))
     plain["generator"] = state.generator.get_state()
@@ -218,6 +254,16 @@ def load_checkpoint(path: Path, device: torch.device) -> State:
     generator.set_state(plain["generator"])
     plain["generator"] = generator
     return State(**plain)
+
+
+def _copy(state: State) -> State:
+    """All of a state on the host, where nothing changes it."""
+    generator = torch.Generator()
+    generator.set_state(state.generator.get_state())
+    return dataclasses.replace(
+        state, halves=[Model(**_on_device(vars(half), HOST)) for half in state.halves],
+        sampling=dataclasses.replace(state.sampling), poses=state.poses.clone(), generator=generator,
+    )  # fmt: skip
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

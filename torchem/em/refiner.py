@@ -118,6 +118,8 @@ class Refiner:
     def __iter__(self) -> Iterator[Iteration]:
         while not self.state.converged and self.state.iteration < self.options.max_iterations:
             yield self.step()
+        if self.output is not None:
+            self.output.finish()
 
     def step(self) -> Iteration:
         """One iteration: schedule, E-step of both halves, M-step, files."""
@@ -344,12 +346,8 @@ class Refiner:
         state.orientability = by_shell.cpu()
 
     def _write(self) -> None:
-        if self.output is None or self.world.rank != 0:
-            return
-        if self.joined is not None:
-            self.output.write_final(self.state, self.grid, self.joined.model, self.joined.unfiltered)
-        else:
-            self.output.write_iteration(self.state, self.grid)
+        if self.output is not None and self.world.rank == 0:
+            self.output.write(self.state, self.grid, self.joined)
 
 
 def _zero_poses(n: int) -> Poses:
