@@ -13,8 +13,10 @@ unit and default: torchem/em/options.py, or ``--cfg job``.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -322,6 +324,9 @@ def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None
         job.options, inputs.particles, inputs.reference, inputs.mask,
         folder=state.folder, world=world, simulated=job.simulated, progress=progress.task("particles"),
     )  # fmt: skip
+    if world.rank == 0:
+        # what draws the picture in the end takes a while to load
+        threading.Thread(target=importlib.import_module, args=("torchem.report.run_figure",)).start()
     for iteration in refiner:
         log.info("%s", _line(iteration, job))
 

@@ -6,7 +6,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import matplotlib
+import matplotlib.backends.backend_agg  # what saving a picture would import
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from torchem.data.mrc import read_map
 from torchem.data.star import read_star
@@ -33,9 +37,6 @@ def run_figure(folder: Path, title: str, simulated: bool = False) -> Path:
     -------
     Path of the PNG, ``run.png`` in `folder`.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     stem = "run" if (folder / "run_model.star").is_file() else f"run_it{_iterations(folder)[-1]:03d}"
     half = "" if stem == "run" else "_half1"
     shells = read_star(folder / f"{stem}{half}_model.star")["model_class_1"]
@@ -43,22 +44,23 @@ def run_figure(folder: Path, title: str, simulated: bool = False) -> Path:
     particles = read_star(folder / f"{stem}_data.star")["particles"]
 
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 6.6), layout="constrained")
-        grid = figure.add_gridspec(2, 6)
-        _fsc(figure.add_subplot(grid[0, :2]), shells)
+        # margins by hand: matplotlib's own layouts draw everything twice
+        figure = Figure(figsize=(11, 6.6))
+        grid = figure.add_gridspec(2, 3, left=0.06, right=0.985, bottom=0.08, top=0.89, wspace=0.35, hspace=0.35)
+        _fsc(figure.add_subplot(grid[0, 0]), shells)
         _angles(
-            figure.add_subplot(grid[0, 2:4]),
+            figure.add_subplot(grid[0, 1]),
             particles["rlnAngleRot"].to_numpy(float),
             particles["rlnAngleTilt"].to_numpy(float),
         )
-        _history(figure.add_subplot(grid[0, 4:]), folder)
+        _history(figure.add_subplot(grid[0, 2]), folder)
         middle = volume.shape[0] // 2
         width = volume.shape[0] * (pixel_size or 1)
         low, high = np.percentile(volume, [1, 99.8])
         for column, (axes, section) in enumerate(
             [("xy", volume[middle]), ("xz", volume[:, middle]), ("yz", volume[:, :, middle])]
         ):
-            axis = figure.add_subplot(grid[1, 2 * column : 2 * column + 2])
+            axis = figure.add_subplot(grid[1, column])
             axis.imshow(section, cmap="gray", vmin=low, vmax=high, origin="lower", extent=(0, width, 0, width))
             axis.set(title=f"central section {axes}", xlabel=f"{axes[0]} (Å)", ylabel=f"{axes[1]} (Å)")
         figure.suptitle(title)
@@ -98,8 +100,6 @@ def _angles(axis: Axes, rot: np.ndarray, tilt: np.ndarray) -> None:
 
 
 def _history(axis: Axes, folder: Path) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     points = [
         (iteration, _resolution(folder / f"run_it{iteration:03d}_half1_model.star"))
         for iteration in _iterations(folder)
