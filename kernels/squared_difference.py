@@ -1,7 +1,7 @@
 """Triton kernels for scores of shifted images against projections: half squared distances by matrix products.
 
 Layouts: a row of an operand is [real parts | imaginary parts], each padded to ``half`` values; operands in two terms
-hold them side by side, images as [high | low], projections as [low | high]. Projections, their norms and the result
+hold them side by side, images as [low | high], projections as [high | low]. Projections, their norms and the result
 are numbered class by class, each class padded to ``stride`` orientations, a multiple of 16 handed over divided by 16
 so that the compiler sees that wide stores are aligned. All sizes are run-time integers.
 """
@@ -9,15 +9,16 @@ so that the compiler sees that wide stores are aligned. All sizes are run-time i
 import triton
 import triton.language as tl
 
-# masks a float32 to the 11 significant bits of TF32
+# leaves of a float32 the 11 significant bits of TF32; half of the last of them
 _TF32 = tl.constexpr(-8192)
+_TF32_HALF = tl.constexpr(4096)
 
 
 @triton.jit
 def _phase_shift(
     images, phases, factor, power, shifted,
     n_rows, n_shifts, n_pixels, half, program,
-    TERMS: tl.constexpr, CORRELATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
+    TERMS: tl.constexpr, TF32: tl.constexpr, CORRELATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Write ROWS × PIXELS phase-shifted values of both parts into the image operand."""
     pixel_blocks = tl.cdiv(half, PIXELS)
@@ -41,17 +42,19 @@ def _phase_shift(
             value = (x_re * f_re - x_im * f_im) * scale
         else:
             value = (x_re * f_im + x_im * f_re) * scale
+        if TF32:  # the tensor cores would cut, not round
+            value = ((value.to(tl.int32, bitcast=True) + _TF32_HALF) & _TF32).to(tl.float32, bitcast=True)
         high = value.to(shifted.dtype.element_ty)
-        tl.store(out + part * half, high, keep)
+        tl.store(out + (2 * TERMS - 2 + part) * half, high, keep)
         if TERMS == 2:
-            tl.store(out + (2 + part) * half, (value - high.to(tl.float32)).to(shifted.dtype.element_ty), keep)
+            tl.store(out + part * half, (value - high.to(tl.float32)).to(shifted.dtype.element_ty), keep)
 
 
 @triton.jit
 def _norms(
     weights, factor, constant, projections, norms, n_images, n_pixels, half, n_columns, program,
-    TERMS: tl.constexpr, CORRELATION: tl.constexpr, CONSTANT: tl.constexpr,
-    ORIENTATIONS: tl.constexpr, IMAGES: tl.constexpr, PIXELS: tl.constexpr,
+    CORRELATION: tl.constexpr, CONSTANT: tl.constexpr, ORIENTATIONS: tl.constexpr, IMAGES: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of ½ΣC²|P|² of the rounded projections (correlation: 1/sqrt of norm × power)."""
     image_blocks = tl.cdiv(n_images, IMAGES)
@@ -71,9 +74,6 @@ def _norms(
             w = w * (scale * scale)[None, :]
         p_re = projections.load([row, start]).to(tl.float32)
         p_im = projections.load([row, half + start]).to(tl.float32)
-        if TERMS == 2:
-            p_re += projections.load([row, 2 * half + start]).to(tl.float32)
-            p_im += projections.load([row, 3 * half + start]).to(tl.float32)
         square = p_re * p_re + p_im * p_im
         # three TF32 products of high and low terms: good to 2^-22
         high = (square.to(tl.int32, bitcast=True) & _TF32).to(tl.float32, bitcast=True)
@@ -98,27 +98,25 @@ def _norms(
 def prepare(
     images, weights, phases, factor, power, constant, projections, shifted, norms,
     n_images, n_rows, n_shifts, n_pixels, half, columns16, norm_programs,
-    IMAGE_TERMS: tl.constexpr, TERMS: tl.constexpr, CORRELATION: tl.constexpr, CONSTANT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ORIENTATIONS: tl.constexpr, IMAGES: tl.constexpr,
-    PIXELS: tl.constexpr,
+    TERMS: tl.constexpr, TF32: tl.constexpr, CORRELATION: tl.constexpr,
+    CONSTANT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ORIENTATIONS: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Everything that the product needs, in one launch: the first programs make norms, the others shifted images."""
     program = tl.program_id(0)
     if program < norm_programs:
         _norms(
             weights, factor, constant, projections, norms, n_images, n_pixels, half, columns16 * 16, program,
-            TERMS, CORRELATION, CONSTANT, ORIENTATIONS, IMAGES, PIXELS,
+            CORRELATION, CONSTANT, ORIENTATIONS, IMAGES, PIXELS,
         )  # fmt: skip
     else:
         _phase_shift(
             images, phases, factor, power, shifted, n_rows, n_shifts, n_pixels, half, program - norm_programs,
-            IMAGE_TERMS, CORRELATION, ROWS, COLUMNS,
+            TERMS, TF32, CORRELATION, ROWS, COLUMNS,
         )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=("n_rows", "n_shifts", "half", "n_classes", "per_class", "stride16", "n_programs")
-)
+@triton.jit(do_not_specialize=("n_rows", "n_shifts", "half", "n_classes", "per_class", "stride16", "n_programs"))
 def log_weights(
     shifted, projections, norms, constant, orientation_prior, offset_prior, out, tile_max, tile_sum,
     n_rows, n_shifts, half, n_classes, per_class, stride16, n_programs,
@@ -144,10 +142,9 @@ def log_weights(
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         low = tl.zeros((ROWS, COLUMNS), tl.float32)
         for step in range(PRODUCTS * steps):
-            # high × low, low × high, high × high
-            last = step >= (PRODUCTS - 1) * steps
-            a_step = tl.where(last, step - (PRODUCTS - 1) * steps, step)
-            b_step = tl.where(step >= 2 * steps, step - steps, step)
+            # low × high; of three products high × low; high × high
+            a_step = tl.where(step >= 2 * steps, step - steps, step)
+            b_step = tl.where(step >= (PRODUCTS - 1) * steps, step - (PRODUCTS - 1) * steps, step)
             a = shifted.load([first_row, a_step * DEPTH])
             b = projections.load([k * stride + first, b_step * DEPTH])
             if PRODUCTS == 3 or PRECISION == "ieee":

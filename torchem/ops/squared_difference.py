@@ -32,13 +32,16 @@ class Precision:
 
 PRECISIONS = {
     "fp16": Precision(torch.float16, 1, 1, 1),
-    "split": Precision(torch.float16, 1, 2, 2),
+    "split": Precision(torch.float16, 2, 1, 2),
     "three": Precision(torch.float16, 2, 2, 3),
     "tf32": Precision(torch.float32, 1, 1, 1),
     "fp32": Precision(torch.float32, 1, 1, 1, "ieee"),
+    "fp64": Precision(torch.float64, 1, 1, 1, "ieee"),  # by PyTorch, on the FP64 tensor cores
 }
-# the largest Σ|C·P/σ|² for which each keeps log weights within 20 of the best to 0.02 (rms)
-LADDER = {"fp16": 300.0, "split": 1e5, "three": 1e7, "fp32": float("inf")}
+# The largest Σ|C·P/σ|² for which each keeps log weights within 20 of the best to 0.02 (rms). Rounded projections cost
+# noise × rounding, as the square root; an image rounded anew at every shift costs signal × rounding, in proportion, so
+# images are split first. Sums in float32 lose 0.03 and more from 10⁵ on.
+LADDER = {"fp16": 500.0, "split": 2500.0, "three": 3e4, "fp64": float("inf")}
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,8 @@ def prepare_projections(
     projections
         `(k·r, p)` complex: CTF-free central slices, class by class.
     precision
-        of the Triton kernels: a key of ``PRECISIONS``; PyTorch computes in the dtype of the projections.
+        a key of ``PRECISIONS``, for the Triton kernels; PyTorch computes in the dtype of the projections (fp64: in
+        double).
     whitening
         `(p,)` about 1/σ, 0 where weights are 0; needed for log-likelihoods by the kernels, None for correlations.
     backend
@@ -210,6 +214,8 @@ def prepare_projections(
         raise ValueError(f"{len(projections)} projections are not {n_classes} classes of as many each")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    if precision == "fp64":
+        projections, backend = projections.to(torch.complex128), "matmul"
     if backend is None:
         backend = "triton" if projections.is_cuda and projections.dtype == torch.complex64 else "matmul"
     if backend not in ("triton", "matmul", "reference"):
@@ -231,10 +237,12 @@ def prepare_projections(
         for rows in torch.arange(r).split(8192):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             planes = torch.view_as_real(projections[k * r : (k + 1) * r][part]).movedim(-1, 1).float() * scale
+            if precision == "tf32":  # half of the last kept bit is added, the rest cut off
+                planes = ((planes.contiguous().view(torch.int32) + 4096) & -8192).view(torch.float32)
             high = planes.to(how.dtype)
-            terms[k, part, n - 1, :, :p] = high
+            terms[k, part, 0, :, :p] = high
             if n == 2:
-                terms[k, part, 0, :, :p] = (planes - high.float()).to(how.dtype)
+                terms[k, part, 1, :, :p] = (planes - high.float()).to(how.dtype)
     result.terms = terms.flatten(2).flatten(0, 1)
     return result
 
@@ -287,6 +295,8 @@ def log_weights(
     arguments = (images, weights, projections, phases, orientation_prior, offset_prior, power, constant)
     if projections.backend == "triton":
         return _by_kernels(*arguments, tiling)
+    if projections.precision == "fp64" and images.dtype == torch.complex64:
+        return _by_pytorch_in_double(*arguments)
     return _by_pytorch(*arguments)
 
 
@@ -312,6 +322,26 @@ def _by_pytorch(
     top = tiles.amax(-1)
     safe = torch.where(top == -torch.inf, 0.0, top)
     return LogWeights(value, top, (tiles - safe[..., None]).exp().sum(-1), r)
+
+
+def _by_pytorch_in_double(
+    images: Tensor, weights: Tensor, projections: Projections, phases: Tensor, orientation_prior: Tensor | None,
+    offset_prior: Tensor | None, power: Tensor | None, constant: Tensor | None,
+) -> LogWeights:  # fmt: skip
+    """A few images after another, which bounds the memory."""
+    most = max(1, 2**26 // (len(phases) * len(projections.values)))
+    parts = [
+        _by_pytorch(
+            images[i : i + most].to(torch.complex128), weights[i : i + most].double(), projections,
+            phases.to(torch.complex128), orientation_prior,
+            *(None if x is None else x[i : i + most] for x in (offset_prior, power, constant)),
+        )
+        for i in range(0, len(images), most)
+    ]  # fmt: skip
+    values, tile_max, tile_sum = (
+        torch.cat([getattr(part, name).float() for part in parts]) for name in ("values", "tile_max", "tile_sum")
+    )
+    return LogWeights(values, tile_max, tile_sum, parts[0].tile)
 
 
 def _by_kernels(
@@ -347,10 +377,11 @@ def _by_kernels(
     shift_programs = -(-rows // 32) * -(-half // 128)
     kernels.prepare[(norm_programs + shift_programs,)](
         torch.view_as_real(images.contiguous()), weights.contiguous(), torch.view_as_real(phases.contiguous()),
-        projections.factor, power, constant, TensorDescriptor.from_tensor(terms, [128, 64]), shifted, norms,
+        projections.factor, power, constant, TensorDescriptor.from_tensor(terms, [128, 32]), shifted, norms,
         n, rows, t, p, half, columns // 16, norm_programs,
-        IMAGE_TERMS=how.image_terms, TERMS=how.projection_terms, CORRELATION=power is not None,
-        CONSTANT=constant is not None, ROWS=32, COLUMNS=128, ORIENTATIONS=128, IMAGES=64, PIXELS=64, num_warps=8,
+        TERMS=how.image_terms, TF32=projections.precision == "tf32",
+        CORRELATION=power is not None, CONSTANT=constant is not None, ROWS=32, COLUMNS=128, ORIENTATIONS=128,
+        IMAGES=64, PIXELS=32, num_warps=8, maxnreg=128,  # two programs a processor
     )  # fmt: skip
 
     class_tiles = -(-r // tiling.columns)
