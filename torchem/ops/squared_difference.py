@@ -472,6 +472,6 @@ def plain_squared_difference(
     kernels.plain_tiled[(-(-n * t // 128), -(-r // 128))](
         transposed(shifted.real, rows), transposed(shifted.imag, rows), transposed(ctf.repeat_interleave(t, 0), rows),
         transposed(projections.real, columns), transposed(projections.imag, columns), out,
-        n * t, depth * 4, rows, columns, ROWS=128, COLUMNS=128, DEPTH=4, num_warps=8,
+        n * t, depth * 4, rows, columns, ROWS=128, COLUMNS=128, DEPTH=4, num_warps=8, maxnreg=128,
     )  # fmt: skip
     return out[:, :r].unflatten(0, (n, t))
