@@ -26,14 +26,14 @@ PATHS = {"sparse": 2.0, "dense": 0.0}
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of the fine pass, whatever share of the samples is significant."""
-    monkeypatch.setattr(expectation_module, "DENSE_SUPPORT", PATHS[request.param])
+    monkeypatch.setattr(expectation_module, "DENSE_SUPPORT", {"cpu": PATHS[request.param]})
     return request.param
 
 
 @pytest.fixture
 def sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fine pass by blocks, whose weights can be looked at."""
-    monkeypatch.setattr(expectation_module, "DENSE_SUPPORT", PATHS["sparse"])
+    monkeypatch.setattr(expectation_module, "DENSE_SUPPORT", {"cpu": PATHS["sparse"]})
 
 
 def written_out(shape: tuple[int, ...], particle: Tensor, column: Tensor, values: Tensor) -> np.ndarray:
@@ -151,7 +151,7 @@ def test_figures_of_each_particle(name: str, dtype: torch.dtype, path: str) -> N
 def test_dense_and_sparse_sums_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sums = []
     for support in PATHS.values():
-        monkeypatch.setattr(expectation_module, "DENSE_SUPPORT", support)
+        monkeypatch.setattr(expectation_module, "DENSE_SUPPORT", {"cpu": support})
         sums.append(of_case(name).run(Expectation).sums)
     for one, other in zip(sums[0].tensors(), sums[1].tensors(), strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12 * float(one.abs().max()))

@@ -28,9 +28,9 @@ class Recorder(Expectation):
         self.samples: list[Samples] = []
         self.fine: list[tuple[Samples, Tensor, Tensor]] = []
 
-    def _global_samples(self, scores, orientation_prior, offset_prior, slab):
-        found = super()._global_samples(scores, orientation_prior, offset_prior, slab)
-        every = scores.transpose(1, 2).flatten(1)
+    def _global_samples(self, slab, values, log_total, offset_prior):
+        found = super()._global_samples(slab, values, log_total, offset_prior)
+        every = values.transpose(1, 2).flatten(1)
         columns = torch.arange(every.shape[1]).expand_as(every)
         if self.settings.cross_correlation:
             # the others are not compared: the scale of a correlation means nothing

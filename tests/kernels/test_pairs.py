@@ -89,6 +89,19 @@ def test_scores(sizes: tuple[int, ...], correlation: bool, monkeypatch: pytest.M
     assert_close(scores(x.single()), expected)
 
 
+def test_scores_of_half_precision_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = Problem(37, 5, 7, 9, 8)
+    x.slices = replace(x.slices, volumes=1e-4 * x.slices.volumes)
+
+    def scores(x: Problem, half: bool) -> Tensor:
+        return pairs.score_pairs(x.slices, x.orientation, x.which, x.images, x.weights, x.phases, None, 2**12, half)
+
+    expected = scores(x, False)
+    monkeypatch.setattr(pairs, "_on_gpu", lambda _: True)
+    assert_close(scores(x.single(), True), expected, 5e-4)
+    assert torch.linalg.norm(scores(x.single(), True).cpu() - expected) > 1e-6 * torch.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_sums(sizes: tuple[int, ...], deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,13 +35,3 @@ def test_first_of_equal_maxima_is_the_best() -> None:
     values[[300, 301, 650]] = 1
     found = significant._posterior_on_gpu(values.to(DEVICE), torch.tensor([0, 700], device=DEVICE), 0.999)
     assert int(found.best) == 300
-
-
-def test_rows_of_a_matrix() -> None:
-    log_weights = 5 * torch.randn((6, 401), generator=torch.Generator().manual_seed(2))
-    row, column = significant.significant_of_rows(log_weights.double(), 0.999)
-    kept = significant._posterior_on_gpu(
-        log_weights.flatten().to(DEVICE), torch.arange(7, device=DEVICE) * 401, 0.999, in_place=True
-    ).kept
-    mine = torch.nonzero(kept.view(6, 401).cpu())
-    assert torch.equal(mine, torch.stack((row, column), 1))

@@ -19,15 +19,19 @@ from torchem.em.references import References
 from torchem.em.sampling import Grid
 from torchem.em.sums import Sums, add_dense, add_rows, operands
 from torchem.em.weights import block_rows, block_sparse
+from torchem.imaging.fourier import squared_magnitude
 from torchem.ops.pairs import score_pairs
 from torchem.ops.significant import Posterior, first_best, posterior, row_logsumexp, significant_of_rows
 from torchem.ops.slices import Slices
-from torchem.ops.squared_difference import score
+from torchem.ops.squared_difference import Projections, choose_precision, log_weights, prepare_projections
 
 # shells whose data-vs-prior ratio exceeds this take part in the scale correction
 SCALE_MINIMUM_DATA_VS_PRIOR = 3.0
 # share of all (particle, orientation) pairs from which on the fine pass does all of them by matrix products
-DENSE_SUPPORT = 0.3
+DENSE_SUPPORT = {"cpu": 0.3, "cuda": 0.07}
+
+# slices that say how strong all of them are
+SOME_SLICES = 64
 
 
 @dataclass
@@ -100,6 +104,13 @@ def _row_starts(rows: Tensor, n_rows: int) -> Tensor:
     return torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
 
 
+def _precision(slices: Tensor, weights: Tensor) -> str:
+    """How precise a GPU's scores must be, from Σ C²|P|²/σ² of an average slice for the image in which it is largest."""
+    if not slices.is_cuda or slices.dtype != torch.complex64:
+        return "fp32"
+    return choose_precision(float((weights @ squared_magnitude(slices).mean(0)).amax()))
+
+
 class Expectation:
     """The E-step of one half: made once an iteration, called on batch after batch, adding to ``sums``.
 
@@ -120,7 +131,7 @@ class Expectation:
         r_max = settings.current_size // 2
         self.references = References(model.references, grid, r_max, settings.padding)
         self.sums = Sums.zeros(model, grid.n_directions, r_max, settings.padding)
-        self._coarse_slices: dict[str, Tensor] = {}
+        self._coarse_projections: dict[str, Projections] = {}
 
     def __call__(
         self, batch: ImageBatch, optics_group: int, group: Tensor, norm_correction: Tensor, last_euler: Tensor
@@ -205,48 +216,61 @@ class Expectation:
         sigma = self.settings.local_sigma
         if sigma is not None:
             return self._local_samples(batch, operands, phases, offset_prior, last_euler, sigma)
-        orientation_prior = self._orientation_log_prior()
+        every = self._global_log_weights(batch, inverse_sigma2, operands, phases, offset_prior)
         parts = [
-            self._global_samples(scores, orientation_prior, offset_prior[slab], slab)
-            for slab, scores in self._global_scores(batch, operands, phases)
+            self._global_samples(slab, values, log_total, offset_prior[slab]) for slab, values, log_total in every
         ]
         particle, column, log_prior = (torch.cat(part) for part in zip(*parts, strict=True))
         return Samples(particle, column, log_prior, torch.bincount(particle, minlength=len(batch)))
 
-    def _global_scores(self, batch: ImageBatch, operands: tuple, phases: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Particles `(n,)`, and their scores `(n, t, k·r)` at every coarse sample, slab after slab."""
+    def _global_log_weights(
+        self, batch: ImageBatch, inverse_sigma2: Tensor, operands: tuple, phases: Tensor, offset_prior: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Particles `(n,)`, their log weights `(n, t, k·r)` at every coarse sample and log totals, slab after slab."""
         images, weights, power = operands
         n_pixels, n_shifts = images.shape[1], len(phases)
         key = f"{batch.geometry.optics.name} {n_pixels}"
-        if key not in self._coarse_slices:
+        if key not in self._coarse_projections:
             everything = torch.arange(self.model.n_classes * self.grid.n_orientations, device=images.device)
-            self._coarse_slices[key] = self.references.slices(
+            slices = self.references.slices(
                 batch.geometry, everything, n_pixels, fine=False, r_max=self.settings.coarse_size // 2
-            ).cut()
-        slices = self._coarse_slices[key]
+            )
+            self._coarse_projections[key] = self._projections(slices, inverse_sigma2, weights)
+        projections = self._coarse_projections[key]
+        prior = None if self.settings.cross_correlation else self._orientation_log_prior()
         for slab in torch.arange(len(batch), device=images.device).split(
-            max(1, self.settings.chunk_elements // (len(slices) * n_shifts))
+            max(1, self.settings.chunk_elements // (len(projections.values) * n_shifts))
         ):
-            scores = score(images[slab], weights[slab], slices, phases, None if power is None else power[slab])
-            yield slab, scores.transpose(1, 2)
+            found = log_weights(
+                images[slab], weights[slab], projections, phases, prior,
+                None if prior is None else offset_prior[slab], None if power is None else power[slab],
+            )  # fmt: skip
+            yield slab, found.values, found.log_total()
+
+    def _projections(self, slices: Slices, inverse_sigma2: Tensor, weights: Tensor) -> Projections:
+        """Slices made ready for matrix products, as precise as these images `(n, p)` of weights need."""
+        whitening = inverse_sigma2[: weights.shape[1]].sqrt()
+        whitening[0] = 0
+        cut = slices.cut()
+        return prepare_projections(
+            cut, _precision(cut, weights), None if self.settings.cross_correlation else whitening, self.model.n_classes
+        )
 
     def _global_samples(
-        self, scores: Tensor, orientation_prior: Tensor, offset_prior: Tensor, slab: Tensor
+        self, slab: Tensor, values: Tensor, log_total: Tensor, offset_prior: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Particle, column and log prior of the significant samples of one slab; its scores become log weights."""
-        n, n_shifts, n_orientations = scores.shape
+        """Particle, column and log prior of the significant samples of one slab."""
+        n, n_shifts, n_orientations = values.shape
         if self.settings.cross_correlation:
             # winner takes all, and no priors
-            best = scores.transpose(1, 2).reshape(n, -1).max(1).indices
+            best = values.transpose(1, 2).reshape(n, -1).max(1).indices
             return slab, best, torch.zeros(n, dtype=torch.float64, device=slab.device)
-        by_class = scores.unflatten(2, (self.model.n_classes, -1))
-        by_class += offset_prior.transpose(1, 2)[..., None].to(scores)
-        scores += orientation_prior.to(scores)
-        row, place = significant_of_rows(scores.flatten(1), self.settings.adaptive_fraction)
+        row, place = significant_of_rows(values.flatten(1), log_total, self.settings.adaptive_fraction)
         orientation, shift = place % n_orientations, place // n_orientations
         order = torch.argsort((row * n_orientations + orientation) * n_shifts + shift)
         row, orientation, shift = row[order], orientation[order], shift[order]
-        log_prior = orientation_prior[orientation] + offset_prior[row, orientation // self.grid.n_orientations, shift]
+        log_prior = self._orientation_log_prior()[orientation]
+        log_prior = log_prior + offset_prior[row, orientation // self.grid.n_orientations, shift]
         return slab[row], orientation * n_shifts + shift, log_prior
 
     def _orientation_log_prior(self) -> Tensor:
@@ -298,9 +322,12 @@ class Expectation:
         slices = self.references.slices(
             batch.geometry, unique, images.shape[1], fine=False, r_max=self.settings.coarse_size // 2
         )
+        some = torch.linspace(0, len(slices) - 1, min(len(slices), SOME_SLICES), device=images.device).long()
+        precision = _precision(slices[some].cut(), weights)
         scores = score_pairs(
-            slices, inverse, particle, images, weights, phases, power, self.settings.chunk_elements
-        )
+            slices, inverse, particle, images, weights, phases, power, self.settings.chunk_elements,
+            half=precision == "fp16",
+        )  # fmt: skip
         log_prior = orientation_prior[:, None] + offset_prior[particle, orientation // per_class]
         if not self.settings.cross_correlation:
             scores += log_prior.to(scores)
@@ -314,8 +341,11 @@ class Expectation:
         """Log weights of the children of significant samples, block-sparse, and what they amount to."""
         grid = self.grid
         operands = self._score_operands(batch, inverse_sigma2, scale, batch.geometry.n_pixels)
-        scores = self._dense_scores if self._is_dense(batch, samples) else self._pair_scores
-        values = scores(batch, operands, self._fine_phases(batch), samples)  # (b, o, j)
+        phases = self._fine_phases(batch)
+        if self._is_dense(batch, samples):
+            values = self._dense_scores(batch, inverse_sigma2, operands, phases, samples)  # (b, o, j)
+        else:
+            values = self._pair_scores(batch, operands, phases, samples)
         values += samples.log_prior.to(self.dtype)[:, None, None]
         weights = block_sparse(
             samples.particle, samples.column, values.flatten(1), len(batch),
@@ -334,7 +364,8 @@ class Expectation:
             return False
         orientation = samples.column // self.grid.n_translations
         pairs = torch.unique_consecutive(samples.particle * (orientation.max() + 1) + orientation)
-        return len(pairs) > DENSE_SUPPORT * len(batch) * self.model.n_classes * self.grid.n_orientations
+        support = DENSE_SUPPORT[pairs.device.type]
+        return len(pairs) > support * len(batch) * self.model.n_classes * self.grid.n_orientations
 
     def _dense_slab(self, batch: ImageBatch) -> int:
         """How many particles' weights of all fine samples may be held at once."""
@@ -349,21 +380,29 @@ class Expectation:
         every = torch.arange(n, device=batch.masked.device)
         return self.references.slices(batch.geometry, every, batch.geometry.n_pixels, fine=True)
 
-    def _dense_scores(self, batch: ImageBatch, operands: tuple, phases: Tensor, samples: Samples) -> Tensor:
+    def _dense_scores(
+        self, batch: ImageBatch, inverse_sigma2: Tensor, operands: tuple, phases: Tensor, samples: Samples
+    ) -> Tensor:
         """Scores `(b, o, j)` of the significant samples' children, taken from those of all fine samples."""
         grid = self.grid
         images, weights, power = operands
-        slices = self._every_fine_slice(batch).cut()
+        projections = self._projections(self._every_fine_slice(batch), inverse_sigma2, weights)
+        nothing = None if power is not None else torch.zeros(len(projections.values), device=images.device)
         orientation, shift = samples.column // grid.n_translations, samples.column % grid.n_translations
         parts = []
         for particles in torch.arange(len(batch), device=images.device).split(self._dense_slab(batch)):
             start, stop = int(particles[0]), int(particles[-1]) + 1
-            scores = score(
-                images[start:stop], weights[start:stop], slices, phases, None if power is None else power[start:stop]
-            )  # (n, k·r·o, t·j)
-            scores = scores.unflatten(2, (-1, grid.translation_children)).unflatten(1, (-1, grid.orientation_children))
+            here = slice(start, stop)
+            # priors come with the samples
+            values = log_weights(
+                images[here], weights[here], projections, phases, nothing,
+                None if nothing is None else nothing.new_zeros((stop - start, self.model.n_classes, len(phases))),
+                None if power is None else power[here],
+            ).values.unflatten(2, (-1, grid.orientation_children)).unflatten(1, (-1, grid.translation_children))
             mine = (samples.particle >= start) & (samples.particle < stop)
-            parts.append(scores[samples.particle[mine] - start, orientation[mine], :, shift[mine]])
+            # (b, j, o)
+            found = values[samples.particle[mine] - start, shift[mine], :, orientation[mine]]
+            parts.append(found.transpose(1, 2))
         return torch.cat(parts)
 
     def _pair_scores(self, batch: ImageBatch, operands: tuple, phases: Tensor, samples: Samples) -> Tensor:
@@ -467,6 +506,6 @@ class Expectation:
         As in RELION, the power beyond the window counts too, undivided.
         """
         inverse = inverse_sigma2.double()[1:]
-        power = batch.masked[:, 1:].abs().square().double() @ inverse
+        power = squared_magnitude(batch.masked[:, 1:]).double() @ inverse
         beyond = batch.power[:, batch.geometry.size // 2 + 1 :].sum(1)
         return -0.5 * (power + beyond) + torch.log(inverse / (2 * torch.pi)).sum()

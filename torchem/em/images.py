@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchem.data.particles import Particles
 from torchem.imaging.ctf import Optics, aberration_phase, ctf, mtf
-from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform
+from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform, squared_magnitude
 from torchem.imaging.masks import apply_circular_mask
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def prepare_images(
     circle = apply_circular_mask(images, particle_diameter / (2 * optics.pixel_size), fill=fill)
     transform = half_transform(circle)
     rows = torch.arange(1 - geometry.size // 2, geometry.size // 2 + 1, device=images.device)
-    window_power = transform[:, rows, : geometry.size // 2 + 1].abs().square().double().sum((1, 2))
+    window_power = squared_magnitude(transform[:, rows, : geometry.size // 2 + 1]).double().sum((1, 2))
     masked = pixels.gather(transform)
     unmasked = pixels.gather(half_transform(images))[:, :n_pixels]
     kx, ky = pixels.kx[:n_pixels], pixels.ky[:n_pixels]
@@ -168,7 +168,7 @@ def prepare_images(
             window /= response.to(window)
     # shell size/2 is summed inside the window only, the shells beyond it whole
     counted = (torch.arange(masked.shape[1], device=images.device) < n_pixels) | (pixels.shell > geometry.size // 2)
-    power = (masked.abs().square() * counted).double() @ pixels.shell_matrix(optics.box, torch.float64)
+    power = (squared_magnitude(masked) * counted).double() @ pixels.shell_matrix(optics.box, torch.float64)
     masked = masked[:, :n_pixels]
     # images are in grey values per area, transforms carry 1/box²
     grey = geometry.magnification**-2
@@ -301,8 +301,8 @@ def estimate_noise(
     twice = 1.0 + ((pixels.kx == 0) & (pixels.ky > 0) & (pixels.ky < optics.box // 2)).double()
     sums = pixels.shell_matrix(optics.box, torch.float64) * twice[:, None]
     counts = sums.sum(0).clamp(min=1)
-    each = transforms.abs().square().double().mean(0) @ sums / counts
-    average = transforms.mean(0).abs().square().double() @ sums / counts
+    each = squared_magnitude(transforms).double().mean(0) @ sums / counts
+    average = squared_magnitude(transforms.mean(0)).double() @ sums / counts
     sigma2 = (each - average) / 2
     for shell in range(1, len(sigma2)):
         if sigma2[shell] < 0:

@@ -5,6 +5,8 @@ Fine weights come as `(b, o, j)`: b blocks, one a significant coarse sample, of 
 children.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -127,6 +129,17 @@ def add_rows(
     return residual, figures
 
 
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Let a GPU round the operands of single precision products to TF32: sums of very many terms can bear it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def add_dense(
     sums: Sums, references: References, batch: ImageBatch, operands: Operands, phases: Tensor, rows: Tensor,
     orientation: Tensor, shift: Tensor, kept: Tensor, slices: Slices, slab: int,
@@ -163,9 +176,10 @@ def add_dense(
         by_orientation = w.sum(1)  # (m, r·o)
         w = w.reshape(m * len(phases), n_fine)
         shifted = operands.numerator[part, None] * phases  # (m, t·j, p)
-        numerators.addmm_(w.T, torch.view_as_real(shifted).reshape(len(w), -1))
-        denominators.addmm_(by_orientation.T, operands.denominator[part])
-        mean_slice = torch.view_as_complex((w @ flat_slices).reshape(m, len(phases), n_pixels, 2))
+        with _tensor_cores():
+            numerators.addmm_(w.T, torch.view_as_real(shifted).reshape(len(w), -1))
+            denominators.addmm_(by_orientation.T, operands.denominator[part])
+            mean_slice = torch.view_as_complex((w @ flat_slices).reshape(m, len(phases), n_pixels, 2))
         a = (operands.aligned[part, None] * phases * mean_slice.conj()).real.sum(1)
         b = by_orientation @ slice_power * operands.ctf2[part]
         scale = operands.scale[part, None]

@@ -30,6 +30,11 @@ def inverse_half_transform(transform: Tensor, box: int, ndim: int = 2) -> Tensor
     return torch.fft.fftshift(torch.fft.irfftn(transform, s=(box,) * ndim, dim=axes, norm="forward"), dim=axes)
 
 
+def squared_magnitude(values: Tensor) -> Tensor:
+    """|z|² of complex values, without the square root that ``abs`` takes (and PyTorch compiles for a GPU at run time)."""
+    return torch.view_as_real(values).square().sum(-1)
+
+
 def round_half_away(x: float) -> int:
     """Round to the nearest integer, halves away from zero (RELION's rule; Python's goes to even)."""
     return math.floor(abs(x) + 0.5) * (1 if x >= 0 else -1)

@@ -20,7 +20,7 @@ FIXED_POINT = 2.0**39
 
 def score_pairs(
     slices: Slices, orientation: Tensor, which: Tensor, images: Tensor, weights: Tensor, phases: Tensor,
-    power: Tensor | None, chunk_elements: int,
+    power: Tensor | None, chunk_elements: int, half: bool = False,
 ) -> Tensor:  # fmt: skip
     """Score pairs of an image and a slice at every shift: Re Σ X φ P* - ½ Σ W |P|², or normalised correlation.
 
@@ -36,13 +36,16 @@ def score_pairs(
         `(t, p)` complex.
     chunk_elements
         largest number of complex values in a temporary of the reference.
+    half
+        on a GPU, take the slices from volumes rounded to half precision: twice as fast, and the score of a slightly
+        different reference (see :data:`torchem.ops.squared_difference.LADDER`).
 
     Returns
     -------
     `(m, t)` real.
     """
     if _on_gpu(slices):
-        cross, norm = _score_on_gpu(slices, orientation, which, images, weights, phases)
+        cross, norm = _score_on_gpu(slices, orientation, which, images, weights, phases, half)
         if power is None:
             return cross.sub_(0.5 * norm[:, None])
         return cross.div_((norm * power[which]).sqrt()[:, None])
@@ -132,6 +135,16 @@ def _packed(values: Tensor) -> Tensor:
     return values.resolve_conj().contiguous().view(torch.int64)
 
 
+def _paired(volumes: Tensor) -> tuple[Tensor, Tensor]:
+    """Volumes in half precision, each value and its neighbour in x as one int64, and the unit they are multiples of."""
+    values = torch.view_as_real(volumes)
+    # of half precision's range only the top is used up: small values keep their digits
+    unit = values.abs().amax().clamp(min=1e-30) / 2.0**14
+    values = (values / unit).half()
+    neighbours = torch.nn.functional.pad(values[..., 1:, :], (0, 0, 0, 1))
+    return torch.cat((values, neighbours), -1).view(torch.int64)[..., 0], unit[None]
+
+
 def _cells(slices: Slices) -> tuple[Tensor, Tensor]:
     """`(u,)` where each slice's volume begins, and `(u, 6)` padded x, y, z a step in kx and in ky."""
     first = slices.classes * slices.volumes[0].numel()
@@ -140,20 +153,21 @@ def _cells(slices: Slices) -> tuple[Tensor, Tensor]:
 
 
 def _score_on_gpu(
-    slices: Slices, orientation: Tensor, which: Tensor, images: Tensor, weights: Tensor, phases: Tensor
+    slices: Slices, orientation: Tensor, which: Tensor, images: Tensor, weights: Tensor, phases: Tensor, half: bool
 ) -> tuple[Tensor, Tensor]:
     from torchem.kernels.pairs import score_pairs_kernel
 
     m, n_shifts = len(which), len(phases)
+    volumes, unit = _paired(slices.volumes) if half else (_packed(slices.volumes), weights.new_ones(1))
     cross = torch.empty((m, n_shifts), dtype=torch.float32, device=which.device)
     norm = torch.empty(m, dtype=torch.float32, device=which.device)
     block_m, block_t = 32, 16 if n_shifts <= 16 else 64
     if m:
         score_pairs_kernel[(-(-m // block_m), -(-n_shifts // block_t))](
-            _packed(slices.volumes), *_cells(slices), orientation, which, slices.kx, slices.ky, _packed(images),
+            volumes, unit, *_cells(slices), orientation, which, slices.kx, slices.ky, _packed(images),
             weights.contiguous(), _packed(phases), cross, norm, m, images.shape[1], n_shifts,
             slices.volumes.shape[1] // 2, float(slices.r_max**2), BLOCK_M=block_m, BLOCK_P=16, BLOCK_T=block_t,
-            num_warps=4, num_stages=1,
+            PAIRED=half, num_warps=4, num_stages=1,
         )  # fmt: skip
     return cross, norm
 

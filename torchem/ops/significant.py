@@ -57,21 +57,22 @@ def posterior(log_weights: Tensor, first: Tensor, fraction: float) -> Posterior:
     )
 
 
-def significant_of_rows(log_weights: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the significant entries of a matrix `(n, c)`, as :func:`significant_samples` has them.
+def significant_of_rows(log_weights: Tensor, log_totals: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the significant entries of a matrix, as :func:`significant_samples` has them.
 
-    On a GPU the matrix is overwritten.
+    Parameters
+    ----------
+    log_weights, log_totals
+        `(n, c)` real, and `(n,)` float64 log of each row's whole weight.
     """
-    n, columns = log_weights.shape
-    if log_weights.is_cuda and log_weights.dtype == torch.float32:
-        first = torch.arange(n + 1, device=log_weights.device) * columns
-        kept = _posterior_on_gpu(log_weights.flatten(), first, fraction, in_place=True).kept
-        row, column = torch.nonzero(kept.view(n, columns), as_tuple=True)
-        return row, column
-    log_total = torch.logsumexp(log_weights, dim=1).double()
-    floor = log_total + torch.log(torch.as_tensor((1 - fraction) * 1e-3 / columns, dtype=torch.float64))
-    row, column = torch.nonzero(log_weights > floor[:, None], as_tuple=True)
-    keep = significant_samples(log_weights[row, column], row, log_total, fraction)
+    floor = log_totals - _deepest(torch.full_like(log_totals, log_weights.shape[1]), fraction)
+    row, column = torch.nonzero(log_weights > floor[:, None].to(log_weights.dtype), as_tuple=True)
+    candidates = log_weights[row, column]
+    if candidates.is_cuda and candidates.dtype == torch.float32:
+        first = torch.searchsorted(row, torch.arange(len(log_weights) + 1, device=row.device))
+        keep = _posterior_on_gpu(candidates, first, fraction).kept > 0
+    else:
+        keep = significant_samples(candidates, row, log_totals, fraction)
     return row[keep], column[keep]
 
 
@@ -87,11 +88,11 @@ def _deepest(counts: Tensor, fraction: float) -> Tensor:
     return torch.log(counts.clamp(min=1).double() / max((1 - fraction) * 1e-3, 1e-300))
 
 
-def _posterior_on_gpu(log_weights: Tensor, first: Tensor, fraction: float, in_place: bool = False) -> Posterior:
+def _posterior_on_gpu(log_weights: Tensor, first: Tensor, fraction: float) -> Posterior:
     from torchem.kernels.significant import posterior_kernel
 
     n, device = len(first) - 1, first.device
-    kept = log_weights if in_place else torch.empty_like(log_weights)
+    kept = torch.empty_like(log_weights)
     top = torch.empty(n, dtype=torch.float32, device=device)
     log_total = torch.empty(n, dtype=torch.float64, device=device)
     best = torch.empty(n, dtype=torch.int64, device=device)
