@@ -31,7 +31,7 @@ def inverse_half_transform(transform: Tensor, box: int, ndim: int = 2) -> Tensor
 
 
 def squared_magnitude(values: Tensor) -> Tensor:
-    """|z|² of complex values, without the square root that ``abs`` takes (and PyTorch compiles for a GPU at run time)."""
+    """|z|² of complex values, without the square root of ``abs`` (which PyTorch compiles for a GPU at run time)."""
     return torch.view_as_real(values).square().sum(-1)
 
 
