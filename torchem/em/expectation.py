@@ -326,7 +326,7 @@ class Expectation:
         precision = _precision(slices[some].cut(), weights)
         scores = score_pairs(
             slices, inverse, particle, images, weights, phases, power, self.settings.chunk_elements,
-            half=precision == "fp16",
+            half=precision in ("fp16", "split"),
         )  # fmt: skip
         log_prior = orientation_prior[:, None] + offset_prior[particle, orientation // per_class]
         if not self.settings.cross_correlation:

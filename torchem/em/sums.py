@@ -107,9 +107,9 @@ def add_rows(
     residual = torch.zeros(n_pixels, dtype=torch.float64, device=rows.device)
     figures = torch.zeros((len(batch), 3), dtype=torch.float64, device=rows.device)
     block, child = torch.nonzero(kept.amax(2), as_tuple=True)
-    n_fine = len(references.volumes) * references.grid.n_orientations * o
-    key = rows[block] * n_fine + orientation[block] * o + child
-    key, pair = torch.unique(key, return_inverse=True)
+    # pairs of neighbouring orientations are added at about the same time, to the same part of the volume
+    n = len(batch)
+    key, pair = torch.unique((orientation[block] * o + child) * n + rows[block], return_inverse=True)
     order = torch.argsort(pair, stable=True)
     block, child, pair = block[order], child[order], pair[order]
     step = max(1, chunk_elements // (2 * len(phases)))
@@ -119,9 +119,9 @@ def add_rows(
         mine = key[start : start + step]
         probability = torch.zeros((len(mine), n_shifts, j), dtype=kept.dtype, device=rows.device)
         probability[pair[begin:end] - start, shift[block[begin:end]]] = kept[block[begin:end], child[begin:end]]
-        unique, inverse = torch.unique(mine % n_fine, return_inverse=True)
+        unique, inverse = torch.unique_consecutive(mine // n, return_inverse=True)
         some = add_pairs(
-            references.slices(batch.geometry, unique, n_pixels, fine=True), inverse, mine // n_fine,
+            references.slices(batch.geometry, unique, n_pixels, fine=True), inverse, mine % n,
             probability.flatten(1), phases, operands, sums.data, sums.weight, chunk_elements,
         )  # fmt: skip
         residual += some[0]
