@@ -9,7 +9,7 @@ from tests.em import plain_em as em
 from torchem.em.reconstruction import Backprojection, fourier_shell_correlation_of_sums, prior_from_fsc
 from torchem.imaging.fourier import FourierPixels
 from torchem.imaging.masks import soft_sphere
-from torchem.imaging.projection import fourier_volume, volume_shape
+from torchem.imaging.projection import fourier_volume, volume_radius2, volume_shape
 from torchem.imaging.resolution import fourier_shell_correlation
 from torchem.imaging.symmetry import operators, rotation_matrix
 from torchem.ops.slices import backproject, project
@@ -86,7 +86,7 @@ def test_noise_power_is_that_of_the_reconstruction() -> None:
     powers = []
     for sum_ in sums:
         # in Fourier space, voxel by voxel: data / weight where there is weight
-        radius = sum_.radius()
+        radius = volume_radius2(tuple(sum_.weight.shape), sum_.weight.device).sqrt() / PADDING
         dense = sum_.weight > 0.02 * sum_.weight.max()
         shell = (radius > 2.5) & (radius < 8.5) & dense
         powers.append(float((sum_.data[shell].abs().square() / sum_.weight[shell]).mean()))

@@ -103,8 +103,7 @@ def update_classes(model: Model, sums: Sums, operators: Tensor, padding: int, r_
         sum_ = Backprojection.of(sums.data[k], sums.weight[k], operators, padding, model.box)
         volume = fourier_volume(reference, r_max, padding)
         spectrum = Backprojection(volume, volume.abs().square(), padding, model.box)
-        shell = torch.floor(spectrum.radius() + 0.5).long()
-        model.tau2[k] = spectrum.shell_mean(spectrum.weight, shell, border=True) / 2
+        model.tau2[k] = spectrum.voxels.shell_mean(spectrum.weights(), spectrum.shells, border=True) / 2
         model.sigma2[k] = sum_.noise_power()
         model.fourier_coverage[k], model.data_vs_prior[k] = sum_.coverage(model.tau2[k], tau2_fudge)
         references.append(sum_.reconstruct(model.tau2[k], tau2_fudge))
@@ -124,12 +123,14 @@ def update_parameters(
         this iteration was scored so: noise and scale stay as they are.
     """
     total = sums.pdf_direction.sum()
+    single = (total, sums.norm, sums.offset_square, sums.pmax, sums.log_likelihood, sums.particles)
+    weight, norm_sum, offset_square, pmax, log_likelihood, particles = torch.stack(single).tolist()
     if norm:
-        model.norm_average = float(sums.norm / total)
+        model.norm_average = norm_sum / weight
     if scale and not cross_correlation and len(model.scale) > 1:
         ratio = torch.where(sums.scale_aa > 0, sums.scale_xa / sums.scale_aa.clamp(min=1e-300), 1.0)
         present = sums.group_weight > 0
-        middle = ratio[present].sort().values[int(present.sum()) // 2]
+        middle = torch.where(present, ratio, torch.inf).sort().values.gather(0, present.sum(0, keepdim=True) // 2)
         ratio = ratio.clamp(middle / SCALE_OUTLIER_FACTOR, middle * SCALE_OUTLIER_FACTOR)
         mean = (ratio * sums.group_weight).sum() / sums.group_weight.sum()
         model.scale = torch.where(present, ratio / mean, model.scale)
@@ -138,16 +139,15 @@ def update_parameters(
     if model.ndim == 2:
         # RELION divides by the weight of all classes
         model.prior_offset = sums.class_offset / total
-    model.sigma_offset = math.sqrt(max(float(sums.offset_square / (2 * total)), SIGMA_OFFSET_MINIMUM2))
-    model.average_pmax = float(sums.pmax / total)
+    model.sigma_offset = math.sqrt(max(offset_square / (2 * weight), SIGMA_OFFSET_MINIMUM2))
+    model.average_pmax = pmax / weight
     # of a correlation the mean says something
-    model.log_likelihood = float(sums.log_likelihood / (sums.particles if cross_correlation else 1))
+    model.log_likelihood = log_likelihood / (particles if cross_correlation else 1)
     if cross_correlation:
         return
     for group, (noise, counts) in enumerate(zip(sums.noise, shell_counts, strict=True)):
-        if sums.noise_weight[group] > 0:
-            sigma2 = noise / (2 * sums.noise_weight[group] * counts)
-            for shell in range(1, len(sigma2)):
-                if sigma2[shell] < SIGMA2_NOISE_MINIMUM:
-                    sigma2[shell] = sigma2[shell - 1]
-            model.sigma2_noise[group] = sigma2
+        sigma2 = noise / (2 * sums.noise_weight[group] * counts)
+        # below the minimum the next lower shell stands
+        shell = torch.arange(len(sigma2), device=sigma2.device)
+        sigma2 = sigma2[torch.where(sigma2 < SIGMA2_NOISE_MINIMUM, 0, shell).cummax(0).values]
+        model.sigma2_noise[group] = torch.where(sums.noise_weight[group] > 0, sigma2, model.sigma2_noise[group])

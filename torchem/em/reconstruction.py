@@ -6,6 +6,7 @@ in its order and with its constants; no iterative gridding.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torchem.imaging.projection import (
     real_space_map,
     symmetrise,
     volume_radius2,
+    volume_shape,
 )
 
 # no prior below this shell: the lowest frequencies are trusted as they are
@@ -25,6 +27,60 @@ FIRST_REGULARISED_SHELL = 5
 WEIGHT_FLOOR = 0.001
 # RELION's bounds of the FSC where it becomes a signal-to-noise ratio
 FSC_MINIMUM, FSC_MAXIMUM = 0.001, 0.999
+
+
+@dataclass(frozen=True)
+class Voxels:
+    """The voxels |k| <= p·r_max of a Fourier volume, sorted by |k|, so that every shell is a range of them.
+
+    Attributes
+    ----------
+    index
+        `(v,)` int64: where they are in the flattened volume.
+    radius
+        `(v,)` double: distance from the origin in shells of the box, ascending.
+    """
+
+    r_max: int
+    index: Tensor
+    radius: Tensor
+
+    @staticmethod
+    @lru_cache(maxsize=2)
+    def of(r_max: int, padding: int, ndim: int, device: torch.device) -> "Voxels":
+        """The voxels of one volume shape (kept: both halves and most iterations share it)."""
+        radius2 = volume_radius2(volume_shape(r_max, padding, ndim), device).flatten()
+        inside = torch.nonzero(radius2 <= (padding * r_max) ** 2)[:, 0]
+        radius2, order = radius2[inside].sort(stable=True)
+        return Voxels(r_max, inside[order], radius2.double().sqrt() / padding)
+
+    def nearest(self) -> Tensor:
+        """`(v,)` int64: the shell that each is nearest to."""
+        return torch.floor(self.radius + 0.5).long()
+
+    def shell_sums(
+        self, values: Tensor, shells: int, rounded: bool = True, border: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over the voxels of each shell inside r_max, and how many they are, `(shells,)` both.
+
+        Parameters
+        ----------
+        values
+            `(v,)`.
+        rounded
+            a voxel belongs to the nearest shell, else to the one below.
+        border
+            voxels at r_max itself are counted; not, as a rule, in RELION.
+        """
+        starts = torch.arange(shells + 1, dtype=torch.float64, device=values.device) - (0.5 if rounded else 0.0)
+        end = torch.searchsorted(self.radius, self.r_max, right=border)
+        offsets = torch.searchsorted(self.radius, starts).clamp(max=end)
+        return torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True, initial=0), offsets.diff()
+
+    def shell_mean(self, values: Tensor, shells: int, rounded: bool = True, border: bool = False) -> Tensor:
+        """Mean in place of :meth:`shell_sums`; 0 in empty shells."""
+        sums, counts = self.shell_sums(values, shells, rounded, border)
+        return sums / counts.clamp(min=1)
 
 
 @dataclass
@@ -40,6 +96,14 @@ class Backprojection:
     def r_max(self) -> int:
         return (self.data.shape[0] // 2 - 1) // self.padding
 
+    @property
+    def shells(self) -> int:
+        return self.box // 2 + 1
+
+    @property
+    def voxels(self) -> Voxels:
+        return Voxels.of(self.r_max, self.padding, self.data.ndim, self.data.device)
+
     @staticmethod
     def of(data: Tensor, weight: Tensor, operators: Tensor, padding: int, box: int) -> "Backprojection":
         """Finish what the E-step summed: conjugate mates, then the point group's copies (3D)."""
@@ -51,21 +115,13 @@ class Backprojection:
     def __add__(self, other: "Backprojection") -> "Backprojection":
         return Backprojection(self.data + other.data, self.weight + other.weight, self.padding, self.box)
 
-    def radius(self) -> Tensor:
-        """Padded distance from the origin of each voxel, in shells of the box, double."""
-        return volume_radius2(tuple(self.weight.shape), self.weight.device).double().sqrt() / self.padding
+    def weights(self) -> Tensor:
+        """The weight of each of the :attr:`voxels`, `(v,)` double."""
+        return self.weight.flatten()[self.voxels.index].double()
 
-    def shell_mean(self, values: Tensor, shell: Tensor, border: bool = False) -> Tensor:
-        """`(box//2 + 1,)` double: mean over the voxels of each shell inside r_max; 0 in empty shells.
-
-        Voxels at r_max itself are left out unless ``border`` is set, as in RELION.
-        """
-        radius = self.radius()
-        inside = radius <= self.r_max if border else radius < self.r_max
-        shell, values = shell[inside], values[inside].double()
-        total = torch.zeros(self.box // 2 + 2, dtype=torch.float64, device=values.device)
-        total.index_add_(0, shell, values)
-        return (total / torch.bincount(shell, minlength=len(total)).clamp(min=1))[:-1]
+    def numerators(self) -> Tensor:
+        """The data of each of the :attr:`voxels`, `(v,)` complex double."""
+        return self.data.flatten()[self.voxels.index].to(torch.complex128)
 
     def reconstruct(self, tau2: Tensor | None = None, tau2_fudge: float = 1.0) -> Tensor:
         """The map: data / (weight + 1/(p^d·fudge·τ²)), back in real space.
@@ -79,48 +135,42 @@ class Backprojection:
         -------
         `(box, box, box)` or `(box, box)` real.
         """
-        radius = self.radius()
-        weight = self.weight.double()
+        voxels = self.voxels
+        weight = self.weights()
         if tau2 is not None:
-            shell = torch.floor(radius + 0.5).long().clamp(max=len(tau2) - 1)
-            prior = torch.where(tau2 > 0, 1 / (self.padding**weight.ndim * tau2_fudge * tau2), torch.inf)
+            prior = torch.where(tau2 > 0, 1 / (self.padding**self.data.ndim * tau2_fudge * tau2), torch.inf)
             prior[:FIRST_REGULARISED_SHELL] = 0
-            weight = weight + torch.where(radius < self.r_max, prior[shell], 0.0)
-        below = radius.floor().long().clamp(max=self.r_max - 1)
+            weight = weight + torch.where(voxels.radius < self.r_max, prior[voxels.nearest()], 0.0)
         finite = torch.where(torch.isfinite(weight), weight, 0.0)
-        floor = WEIGHT_FLOOR * self.shell_mean(finite, below)[below]
-        weight = torch.maximum(weight, floor)
-        usable = (radius <= self.r_max) & (weight > 0)
-        quotient = torch.where(usable, self.data.to(torch.complex128) / torch.where(usable, weight, 1.0), 0.0)
-        map_ = real_space_map(quotient.to(self.data.dtype), self.box, self.padding)
-        map_ = remove_outside(map_, self.box / 2)
+        mean = voxels.shell_mean(finite, self.shells, rounded=False)
+        weight = torch.maximum(weight, WEIGHT_FLOOR * mean[voxels.radius.long().clamp(max=self.r_max - 1)])
+        usable = weight > 0
+        quotient = torch.where(usable, self.numerators() / torch.where(usable, weight, 1.0), 0.0)
+        volume = torch.zeros_like(self.data)
+        volume.view(-1)[voxels.index] = quotient.to(volume.dtype)
+        map_ = remove_outside(real_space_map(volume, self.box, self.padding), self.box / 2)
         return map_ / gridding_correction(self.box, self.padding, map_.ndim, map_.dtype, map_.device)
 
     def noise_power(self) -> Tensor:
         """σ²(s) = 1 / mean of p^d·weight over the shell; 0 where nothing was measured."""
-        mean = self.shell_mean(self.weight, torch.floor(self.radius() + 0.5).long())
-        mean = mean * self.padding**self.weight.ndim
+        mean = self.voxels.shell_mean(self.weights(), self.shells) * self.padding**self.data.ndim
         return torch.where(mean > 1e-10, 1 / mean.clamp(min=1e-300), 0.0)
 
     def coverage(self, tau2: Tensor, tau2_fudge: float) -> tuple[Tensor, Tensor]:
         """Share of each shell where the data outweigh the prior, and the mean ratio of the two."""
-        shell = torch.floor(self.radius() + 0.5).long()
         prior = torch.where(tau2 > 0, 1 / (tau2_fudge * tau2), torch.inf)
-        prior = torch.cat((prior, prior.new_full((1,), torch.inf)))
-        ratio = self.weight.double() * self.padding**self.weight.ndim / prior[shell.clamp(max=len(prior) - 1)]
-        return self.shell_mean((ratio >= 1).double(), shell), self.shell_mean(ratio, shell)
+        ratio = self.weights() * self.padding**self.data.ndim / prior[self.voxels.nearest()]
+        covered, mean = (self.voxels.shell_mean(values, self.shells) for values in ((ratio >= 1).double(), ratio))
+        return covered, mean
 
 
 def join_low_resolution(first: Backprojection, second: Backprojection, shell: float) -> None:
     """Give both halves the mean of their sums up to a shell, in place: they must not drift apart at low resolution."""
     # a shell number that is whole but for rounding is that shell
     shell = math.ceil(shell - 1e-6)
-    inside = volume_radius2(tuple(first.weight.shape), first.weight.device) <= (first.padding * shell) ** 2
-    for name in ("data", "weight"):
-        a, b = getattr(first, name), getattr(second, name)
-        mean = (a[inside] + b[inside]) / 2
-        a[inside] = mean
-        b[inside] = mean
+    low = first.voxels.index[: int(torch.searchsorted(first.voxels.radius, shell, right=True))]
+    for a, b in ((first.data.view(-1), second.data.view(-1)), (first.weight.view(-1), second.weight.view(-1))):
+        a[low] = b[low] = (a[low] + b[low]) / 2
 
 
 def fourier_shell_correlation_of_sums(first: Backprojection, second: Backprojection) -> Tensor:
@@ -132,41 +182,32 @@ def fourier_shell_correlation_of_sums(first: Backprojection, second: Backproject
     -------
     `(box//2 + 1,)` double; 1 at the origin, 0 beyond r_max.
     """
-    a, b = (_downsampled(x) for x in (first, second))
-    r_max = first.r_max
-    shape = a.shape
-    radius = volume_radius2(tuple(shape), a.device).double().sqrt()
-    inside = radius <= r_max
-    shell = torch.floor(radius[inside] + 0.5).long()
+    r_max, ndim, device = first.r_max, first.data.ndim, first.data.device
+    shape, cells = volume_shape(r_max, 1, ndim), Voxels.of(r_max, 1, ndim, device)
+    # the cell of each padded voxel, axis by axis, x last and not centred
+    cell = torch.zeros_like(first.voxels.index)
+    for axis, position in enumerate(torch.unravel_index(first.voxels.index, first.data.shape)):
+        centred = axis < ndim - 1
+        k = (position - first.data.shape[0] // 2 * centred).double() / first.padding
+        k = (torch.sign(k) * torch.floor(k.abs() + 0.5)).long()
+        cell = cell * shape[axis] + k + shape[0] // 2 * centred
 
-    def by_shell(values: Tensor) -> Tensor:
-        total = torch.zeros(first.box // 2 + 2, dtype=torch.float64, device=a.device)
-        return total.index_add_(0, shell, values[inside])[:-1]
+    def averaged(half: Backprojection) -> Tensor:
+        data, weight = (
+            torch.zeros(math.prod(shape), dtype=values.dtype, device=device).index_add_(0, cell, values)[cells.index]
+            for values in (half.numerators(), half.weights())
+        )
+        return torch.where(weight > 0, data / weight.clamp(min=1e-300), 0.0)
 
-    cross = by_shell((a * b.conj()).real)
-    power = by_shell(a.abs().square()) * by_shell(b.abs().square())
+    a, b = averaged(first), averaged(second)
+    cross, power_a, power_b = (
+        cells.shell_sums(values, first.shells, border=True)[0]
+        for values in ((a * b.conj()).real, a.abs().square(), b.abs().square())
+    )
+    power = power_a * power_b
     fsc = torch.where(power > 0, cross / power.clamp(min=1e-300).sqrt(), 0.0)
     fsc[0] = 1
     return fsc
-
-
-def _downsampled(x: Backprojection) -> Tensor:
-    ndim, half = x.data.ndim, x.r_max + 1
-    inside = volume_radius2(tuple(x.weight.shape), x.weight.device) <= (x.padding * x.r_max) ** 2
-    index = torch.nonzero(inside)  # (v, ndim), z y x
-    origin = torch.tensor([x.data.shape[0] // 2] * (ndim - 1) + [0], device=index.device)
-    k = (index - origin).double() / x.padding
-    k = (torch.sign(k) * torch.floor(k.abs() + 0.5)).long()
-    shape = (2 * half + 1,) * (ndim - 1) + (half + 1,)
-    flat = torch.zeros(len(k), dtype=torch.int64, device=index.device)
-    for axis in range(ndim):
-        flat = flat * shape[axis] + k[:, axis] + (half if axis < ndim - 1 else 0)
-    size = math.prod(shape)
-    data = torch.zeros(size, dtype=torch.complex128, device=index.device)
-    weight = torch.zeros(size, dtype=torch.float64, device=index.device)
-    data.index_add_(0, flat, x.data[inside].to(torch.complex128))
-    weight.index_add_(0, flat, x.weight[inside].double())
-    return torch.where(weight > 0, data / weight.clamp(min=1e-300), 0.0).reshape(shape)
 
 
 def prior_from_fsc(fsc: Tensor, noise_power: Tensor, tau2_fudge: float, joined: bool) -> tuple[Tensor, Tensor]:

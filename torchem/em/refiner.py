@@ -136,7 +136,8 @@ class Refiner:
         if state.iteration > 1:
             self._estimate_accuracy()
             schedule.update_sampling(state, options.sampling.local_healpix_order)
-        self.grid = Grid(state.sampling, self.device)
+        if self.grid.sampling is not state.sampling:
+            self.grid = Grid(state.sampling, self.device)
         for half in state.halves:
             if half.pdf_direction.shape[1] != self.grid.n_directions:
                 half.spread_directions(self.grid.n_directions)
@@ -152,7 +153,7 @@ class Refiner:
         seconds = time.perf_counter() - started
         self._write()
         first = state.halves[0]
-        _, resolution = resolution_at(first.fsc[0], FSC_THRESHOLD, self.box, self.pixel_size)
+        _, resolution = resolution_at(first.fsc[0].cpu(), FSC_THRESHOLD, self.box, self.pixel_size)
         return Iteration(
             number=state.iteration,
             resolution_angst=resolution if state.converged else state.current_resolution,
@@ -198,6 +199,7 @@ class Refiner:
             if mask is None
             else torch.tensor(mask, dtype=self.dtype, device=self.device)
         )
+        self.shell_counts = [FourierPixels.of(optics.box, self.device).shell_counts() for optics in self.optics]
         self.group, self.optics_group = torch.tensor(particles.group), torch.tensor(particles.optics_group)
         self.ctf_parameters = torch.tensor(particles.ctf_parameters) if options.ctf else None
         # dealt one by one, so that every rank has its share of each half and each micrograph
@@ -289,11 +291,11 @@ class Refiner:
             mask=self.mask if options.solvent_correct_fsc else None,
             seed=options.seed + state.iteration, last=state.converged,
         )  # fmt: skip
-        counts = [FourierPixels.of(optics.box, self.device).shell_counts() for optics in self.optics]
         for model, sum_ in zip(state.halves, sums, strict=True):
             update_parameters(
-                model, sum_, counts, norm=options.norm, scale=options.scale, cross_correlation=cross_correlation
-            )
+                model, sum_, self.shell_counts, norm=options.norm, scale=options.scale,
+                cross_correlation=cross_correlation,
+            )  # fmt: skip
         first, second = state.halves
         second.average_pmax = first.average_pmax  # one figure for both, as in RELION
         schedule.size_after_fsc(state, first.fsc[0])

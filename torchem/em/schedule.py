@@ -15,13 +15,15 @@ from torchem.em.sampling import Sampling
 from torchem.imaging.fourier import round_half_away
 from torchem.imaging.projection import fourier_volume
 from torchem.imaging.symmetry import axes_distance, rotation_matrix
-from torchem.ops.slices import project
+from torchem.ops.slices import Slices
 
 MINIMUM_RESOLUTION_GAIN = 0.0001  # 1/Å
 MINIMUM_RESOLUTION_SHELL = 5
 # -log 0.01: the difference of two projections that tells one pose from another
 ACCURACY_THRESHOLD = 4.60517
 ACCURACY_PARTICLES = 100
+# pixels of all errors and particles that are tried at once
+TRIALS = 2**22
 
 
 def image_sizes(state: State, box: int, pixel_size: float, particle_diameter: float, resolution: float) -> None:
@@ -41,9 +43,7 @@ def image_sizes(state: State, box: int, pixel_size: float, particle_diameter: fl
     state.coarse_size = coarse_size(state.sampling, box, pixel_size, particle_diameter, state.current_size)
 
 
-def coarse_size(
-    sampling: Sampling, box: int, pixel_size: float, particle_diameter: float, current_size: int
-) -> int:
+def coarse_size(sampling: Sampling, box: int, pixel_size: float, particle_diameter: float, current_size: int) -> int:
     """Fourier pixels that tell orientations one coarse step apart: 2⌈1.2·L·a/(π·D·Δ/360)⌉ (2D: 1.5 for 1.2)."""
     steps_around = 360.0 / sampling.angular_step
     safety = 1.2 if sampling.ndim == 3 else 1.5
@@ -54,6 +54,8 @@ def coarse_size(
 
 def size_after_fsc(state: State, fsc: Tensor) -> None:
     """Let the next sizes grow faster once the FSC says that there is more: ``size_increment``, ``has_high_fsc``."""
+
+    fsc = fsc.cpu()
 
     def first_below(threshold: float) -> int:
         below = torch.nonzero(fsc < threshold)
@@ -169,54 +171,50 @@ def estimate_accuracy(
     """
     n, device, dtype = len(batch), batch.ctf.device, model.references.dtype
     weight = batch.ctf.square() * inverse_sigma2 * (torch.arange(batch.ctf.shape[1], device=device) > 0)
-    kx, ky = batch.geometry.kx, batch.geometry.ky
-    volumes = [fourier_volume(m, r_max, padding) for m in model.references]
+    geometry = batch.geometry
+    volumes = torch.stack([fourier_volume(m, r_max, padding) for m in model.references])
+    shell_matrix = geometry.pixels.shell_matrix(geometry.size, torch.float64)
 
     def slices(angles: Tensor) -> Tensor:
-        out = torch.empty((n, len(kx)), dtype=dtype.to_complex(), device=device)
-        matrices = rotation_matrix(*angles.unbind(1)).to(dtype)
-        for k, volume in enumerate(volumes):
-            mine = torch.nonzero(class_number == k)[:, 0]
-            if len(mine):
-                out[mine] = project(volume, matrices[mine], kx, ky, padding, r_max)
-        return out
+        """`(e, n, 3)` to `(e, n, p)`."""
+        matrices = rotation_matrix(*angles.flatten(0, 1).unbind(1)).to(dtype)
+        classes = class_number.repeat(len(angles))
+        return Slices(volumes, classes, matrices, geometry.kx, geometry.ky, padding, r_max).cut().unflatten(0, (-1, n))
 
-    true = slices(euler)
-    n_angles = 3 if model.ndim == 3 else 1
-    axis = torch.randint(n_angles, (n,), generator=generator).to(device) + (3 - n_angles)
-    coordinate = torch.randint(2, (n,), generator=generator).to(device)
-
-    shell_matrix = batch.geometry.pixels.shell_matrix(batch.geometry.size, torch.float64)
-
-    def first_error(errors: list[float], moved: Callable[[float], Tensor]) -> tuple[float, Tensor]:
+    def first_error(errors: list[float], difference: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
         found = torch.full((n,), errors[-1], dtype=torch.float64, device=device)
-        open_ = torch.ones(n, dtype=torch.bool, device=device)
+        missing = torch.ones(n, dtype=torch.bool, device=device)
         by_shell = torch.zeros(shell_matrix.shape[1], dtype=torch.float64, device=device)
-        for error in errors:
-            difference = ((true - moved(error)).abs().square() * weight).double() / 2
-            distinct = open_ & (difference.sum(1) > ACCURACY_THRESHOLD)
-            found = torch.where(distinct, error, found)
-            by_shell += difference[distinct].sum(0) @ shell_matrix
-            open_ &= ~distinct
-            if not bool(open_.any()):
+        for some in torch.tensor(errors, dtype=torch.float64, device=device).split(max(1, TRIALS // weight.numel())):
+            differences = (difference(some[:, None, None]) * weight).double() / 2  # (e, n, p)
+            distinct = differences.sum(2) > ACCURACY_THRESHOLD
+            first = distinct & (distinct.cumsum(0) == 1) & missing
+            found = torch.where(first.any(0), some @ first.double(), found)
+            by_shell += first.double().flatten() @ differences.flatten(0, 1) @ shell_matrix
+            missing &= ~distinct.any(0)
+            if not bool(missing.any()):
                 break
         return float(found.mean()), by_shell / by_shell.sum().clamp(min=1e-300)
 
-    def turned(error: float) -> Tensor:
-        angles = euler.clone()
-        angles[torch.arange(n, device=device), axis] += error
-        return slices(angles)
+    n_angles = 3 if model.ndim == 3 else 1
+    axis = torch.randint(n_angles, (n,), generator=generator).to(device) + (3 - n_angles)
+    coordinate = torch.randint(2, (n,), generator=generator).to(device)
+    true = slices(euler[None])
+    turn = torch.nn.functional.one_hot(axis, 3)
+    k = torch.where(coordinate[:, None] == 0, geometry.pixels.kx, geometry.pixels.ky)[:, : geometry.n_pixels]
 
-    def shifted(error: float) -> Tensor:
-        k = torch.where(coordinate[:, None] == 0, *(batch.geometry.pixels.kx, batch.geometry.pixels.ky))
-        phase = -2 * torch.pi * error / batch.geometry.optics.box * k[:, : len(kx)].to(dtype)
-        return true * torch.polar(torch.ones_like(phase), phase)
+    def turned(error: Tensor) -> Tensor:
+        return (true - slices(euler + error * turn)).abs().square()
+
+    def shifted(error: Tensor) -> Tensor:
+        # |1 - exp(iφ)|² = 4 sin²(φ/2)
+        return true.abs().square() * (2 * torch.sin(torch.pi * error / geometry.optics.box * k)).square().to(dtype)
 
     angle_steps = ((0.2, 0.05), (1, 0.1), (2, 0.2), (5, 0.5), (10, 1), (20, 2), (30, 5))
     shift_steps = ((1, 0.1), (2, 0.2), (5, 0.5), (10, 1))
     angles, by_shell = first_error(_growing(angle_steps), turned)
     shift, _ = first_error(_growing(shift_steps), shifted)
-    return angles, shift * batch.geometry.optics.pixel_size, by_shell
+    return angles, shift * geometry.optics.pixel_size, by_shell
 
 
 def _growing(steps: tuple[tuple[float, float], ...]) -> list[float]:

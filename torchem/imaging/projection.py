@@ -5,11 +5,12 @@ A volume holds the transform of the zero-padded map for |k| <= p·r_max only, th
 (:func:`torchem.imaging.fourier.half_transform`). Everything serves maps `(L, L, L)` and 2D references `(L, L)`.
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from torchem.imaging.fourier import half_transform
-from torchem.ops.slices import interpolate
 
 # padded pixels: rotated points nearer than this to a grid point are meant to be it
 SNAP = 1e-9
@@ -119,27 +120,42 @@ def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -
     volume, weight
         `(D, D, D//2 + 1)` complex and real.
     operators
-        `(g, 3, 3)` rotations, the identity among them.
+        `(g, 3, 3)` rotations, the identity first.
     radius
         padded pixels: what lies beyond is 0.
     """
-    half = weight.shape[0] // 2
-    inside = volume_radius2(tuple(weight.shape), volume.device) <= radius**2
-    z, y, x = torch.nonzero(inside, as_tuple=True)
-    voxels = torch.stack((x, y - half, z - half), dim=-1).double()  # (v, 3), x first
-    data = torch.zeros(len(voxels), dtype=volume.dtype, device=volume.device)
-    density = torch.zeros(len(voxels), dtype=weight.dtype, device=volume.device)
-    for operator in operators.to(voxels):
-        points = voxels @ operator.T
+    half, width = weight.shape[0] // 2, weight.shape[2]
+    others = operators[1:].double()
+    # no interpolation along axes where all operators bring grid points to grid points
+    on_grid = ((others - others.round()).abs() < SNAP).all(2).all(0).tolist()
+    corners = list(product(*((0,) if on_it else (0, 1) for on_it in on_grid)))
+    # data and weight are looked up together
+    values = torch.cat((torch.view_as_real(volume), weight[..., None]), -1).flatten(0, 2)  # (D·D·(D//2 + 1), 3)
+    total = torch.zeros_like(values)
+    inside = torch.nonzero((volume_radius2(tuple(weight.shape), volume.device) <= radius**2).flatten())[:, 0]
+    # on a CPU what is looked up at once should stay near its caches
+    most = 2**18 if volume.device.type == "cpu" else 2**23
+    for voxels in inside.split(max(1, most // len(operators))):
+        x, y, z = voxels % width, voxels // width % len(weight) - half, voxels // (width * len(weight)) - half
+        points = torch.stack((x, y, z), dim=-1).double() @ others.mT  # (g - 1, v, 3)
         # rounding must not leak a trace of a neighbour into a voxel that nothing reached: its quotient would be noise
         nearest = points.round()
         points = torch.where((points - nearest).abs() < SNAP, nearest, points)
-        mirrored = points[:, 0] < 0
-        points = torch.where(mirrored[:, None], -points, points)
-        sampled = interpolate(volume, points)
-        data += torch.where(mirrored, sampled.conj(), sampled)
-        density += interpolate(weight, points)
-    volume, weight = torch.zeros_like(volume), torch.zeros_like(weight)
-    volume[inside] = data
-    weight[inside] = density
-    return volume, weight
+        mirrored = points[..., :1] < 0
+        points = torch.where(mirrored, -points, points)
+        floor = points.floor()
+        fraction = (points - floor).to(values.dtype)
+        x, y, z = floor.long().unbind(-1)
+        first = x + width * (y + half + len(weight) * (z + half))
+        found = torch.zeros_like(points, dtype=values.dtype)
+        for corner in corners:
+            share = torch.ones_like(fraction[..., 0])
+            for axis, upper in enumerate(corner):
+                if not on_grid[axis]:
+                    share = share * (fraction[..., axis] if upper else 1 - fraction[..., axis])
+            offset = corner[0] + width * (corner[1] + len(weight) * corner[2])
+            found.addcmul_(values[first + offset], share[..., None])
+        found[..., 1:2] *= torch.where(mirrored, -1, 1)
+        total[voxels] = values[voxels] + found.sum(0)
+    total = total.reshape(*weight.shape, 3)
+    return torch.view_as_complex(total[..., :2].contiguous()), total[..., 2].contiguous()
