@@ -2,6 +2,9 @@
 
 import logging
 import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -239,6 +242,8 @@ class ParticleImages:
         self._particles, self._dtype, self._device = particles, dtype, device
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = {} if keep else None
         self.unusable: set[int] = set()
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
 
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images `(m, L, L)` of those particles `(n,)` of one optics group that can be used, and their numbers."""
@@ -249,6 +254,33 @@ class ParticleImages:
         if key not in self._kept:
             self._kept[key] = self._load(indices)
         return self._kept[key]
+
+    def batches(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What :meth:`read` gives for each of `parts`, the next one read while the last is worked on."""
+        with ThreadPoolExecutor(1) as reader:
+            ahead: deque[Future] = deque()
+            for part in parts:
+                ahead.append(reader.submit(self._read_ahead, part))
+                if len(ahead) == 2:
+                    yield self._taken(ahead.popleft())
+            while ahead:
+                yield self._taken(ahead.popleft())
+
+    def _read_ahead(self, indices: Tensor) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+        if self._device.type != "cuda":
+            return *self.read(indices), None
+        # beside the work on the present batch, not behind it
+        with torch.cuda.stream(self._stream):
+            images, usable = self.read(indices)
+            return images, usable, self._stream.record_event()
+
+    def _taken(self, read: Future) -> tuple[Tensor, Tensor]:
+        images, indices, ready = read.result()
+        if ready is not None:
+            present = torch.cuda.current_stream(self._device)
+            present.wait_event(ready)
+            images.record_stream(present)
+        return images, indices
 
     def sample(self, members: np.ndarray) -> tuple[Tensor, Tensor]:
         """The usable ones of the first NOISE_PARTICLES members, and their numbers; not kept."""

@@ -232,10 +232,12 @@ class Refiner:
                     optics, state.current_size, self.box, self.pixel_size, self.dtype, self.device
                 )
                 members = self.mine[(state.subset[self.mine] == number) & (self.optics_group[self.mine] == group)]
-                for indices in members.split(self.plan.batch_particles):
-                    self._batch(expectation, half, group, geometry, indices, found, done)
+                parts = members.split(self.plan.batch_particles)
+                for part, (images, indices) in zip(parts, self.images.batches(parts), strict=True):
+                    if len(indices):
+                        self._batch(expectation, half, group, geometry, images, indices, found, done)
                     if self.progress is not None:
-                        finished += len(indices)
+                        finished += len(part)
                         self.progress(finished, len(self.mine))
             for tensor in expectation.sums.tensors():
                 self.world.sum_(tensor)
@@ -250,14 +252,11 @@ class Refiner:
         return sums
 
     def _batch(
-        self, expectation: Expectation, half: Model, group: int, geometry: ImageGeometry, indices: Tensor,
-        found: Poses, done: Tensor,
+        self, expectation: Expectation, half: Model, group: int, geometry: ImageGeometry, images: Tensor,
+        indices: Tensor, found: Poses, done: Tensor,
     ) -> None:  # fmt: skip
         """Run the E-step on one batch and note what was found for its particles."""
         options, poses = self.options, self.state.poses
-        images, indices = self.images.read(indices)
-        if not len(indices):
-            return
         norm = poses.norm_correction[indices].to(self.device)
         batch = prepare_images(
             images, indices.to(self.device), geometry,
