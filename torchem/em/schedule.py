@@ -173,7 +173,9 @@ def estimate_accuracy(
     weight = batch.ctf.square() * inverse_sigma2 * (torch.arange(batch.ctf.shape[1], device=device) > 0)
     geometry = batch.geometry
     volumes = torch.stack([fourier_volume(m, r_max, padding) for m in model.references])
-    shell_matrix = geometry.pixels.shell_matrix(geometry.size, torch.float64)
+    # shells of the reference, whatever box the images have
+    shell = torch.floor(geometry.pixels.shell[: geometry.n_pixels] / geometry.magnification + 0.5).long()
+    shell_matrix = torch.nn.functional.one_hot(shell.clamp(max=model.box // 2), model.box // 2 + 1).double()
 
     def slices(angles: Tensor) -> Tensor:
         """`(e, n, 3)` to `(e, n, p)`."""

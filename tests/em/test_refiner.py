@@ -1,0 +1,39 @@
+"""Whole runs on tiny sets."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from torchem.data.mrc import read_map
+from torchem.data.particles import Particles
+from torchem.data.relion import read_model
+from torchem.data.star import read_star, write_star
+from torchem.em.options import DatasetOptions, ReferenceOptions, RefineOptions, SamplingOptions
+from torchem.em.refiner import Refiner
+
+
+def test_two_boxes_and_pixel_sizes(small_set: Callable[..., Path]) -> None:
+    """The second optics group has more shells than the reference: what is said of shells is said of the reference's."""
+
+    def finer(optics: pd.DataFrame, particles: pd.DataFrame, images: np.ndarray) -> None:
+        optics["rlnOpticsGroup"] = particles["rlnOpticsGroup"] = 2
+        optics["rlnImagePixelSize"] = 3.0
+        particles["rlnImageName"] = particles["rlnImageName"].str.replace("particles", "finer")
+
+    fine = read_star(small_set(finer, n=20, box=24))
+    Path("particles.mrcs").rename("finer.mrcs")
+    coarse = read_star(small_set(n=4))
+    blocks = {name: pd.concat([coarse[name], fine[name]]) for name in ("optics", "particles")}
+    write_star("both.star", blocks)
+    options = RefineOptions(
+        dataset=DatasetOptions(particle_diameter=50.0), reference=ReferenceOptions(ini_high=30.0),
+        sampling=SamplingOptions(healpix_order=1), max_iterations=4, device="cpu",
+    )  # fmt: skip
+    particles = Particles.read("both.star")
+    iterations = list(Refiner(options, particles, read_map("reference.mrc")[0], folder=Path()))
+    assert len(iterations) == 4 and all(bool(map_.isfinite().all()) for map_ in iterations[-1].maps)
+    model = read_model("run_it004_half1_model.star")
+    assert [len(spectrum) for spectrum in model.sigma2_noise] == [9, 13]
+    assert len(model.classes[0].orientability) == 9
