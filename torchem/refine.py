@@ -378,10 +378,12 @@ def _reached(state: RunState) -> str:
     last = max(1, below[0] - 1 if len(below) else len(shells) - 1)
     angst = shells["rlnAngstromResolution"].to_numpy(float)[last]
     optimiser = "run" if state.finished else f"run_it{state.iteration:03d}"
-    iteration = read_star(state.folder / f"{optimiser}_optimiser.star")["optimiser_general"]["rlnCurrentIteration"]
+    general = read_star(state.folder / f"{optimiser}_optimiser.star")["optimiser_general"]
+    mask = "mask corrected for" if general["rlnDoSolventFscCorrection"] else "no mask"
     how = "converged" if state.finished else "stopped at max_iterations before convergence"
     limit = "" if len(below) else ", the limit of these pixels"
-    return f"{how} at {angst:.2f} Å{limit} (gold-standard FSC 0.143, no mask) after iteration {iteration}"
+    iteration = general["rlnCurrentIteration"]
+    return f"{how} at {angst:.2f} Å{limit} (gold-standard FSC 0.143, {mask}) after iteration {iteration}"
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _fsc(axis: Axes, shells: pd.DataFrame) -> None:
             ticks.append(1 / angst)
     axis.set_xticks(ticks, [f"1/{1 / tick:g}" for tick in ticks])
     axis.set(
-        title="gold-standard FSC, no mask", xlabel="resolution (1/Å)", ylabel="FSC",
+        title="gold-standard FSC", xlabel="resolution (1/Å)", ylabel="FSC",
         xlim=(0, frequency[-1]), ylim=(min(-0.1, fsc.min()), 1.02),
     )  # fmt: skip
 
