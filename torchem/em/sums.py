@@ -134,7 +134,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     # the largest values of both at 2^14: far below, too, half precision keeps its digits
     units = [x.abs().amax().clamp(min=1e-30) / 2.0**14 for x in (a, b)]
     halves = [(x / unit).half() for x, unit in zip((a, b), units, strict=True)]
-    return torch.mm(*halves, out_dtype=torch.float32) * units[0] * units[1]
+    return torch.mm(halves[0], halves[1], out_dtype=torch.float32) * units[0] * units[1]
 
 
 def add_dense(
