@@ -14,6 +14,7 @@ from torchem.em.reconstruction import (
     prior_from_fsc,
 )
 from torchem.em.sums import Sums
+from torchem.imaging.fourier import squared_magnitude
 from torchem.imaging.projection import fourier_volume
 from torchem.imaging.resolution import phase_randomised_fsc
 
@@ -102,7 +103,7 @@ def update_classes(model: Model, sums: Sums, operators: Tensor, padding: int, r_
     for k, reference in enumerate(model.references):
         sum_ = Backprojection.of(sums.data[k], sums.weight[k], operators, padding, model.box)
         volume = fourier_volume(reference, r_max, padding)
-        spectrum = Backprojection(volume, volume.abs().square(), padding, model.box)
+        spectrum = Backprojection(volume, squared_magnitude(volume), padding, model.box)
         model.tau2[k] = spectrum.voxels.shell_mean(spectrum.weights(), spectrum.shells, border=True) / 2
         model.sigma2[k] = sum_.noise_power()
         model.fourier_coverage[k], model.data_vs_prior[k] = sum_.coverage(model.tau2[k], tau2_fudge)

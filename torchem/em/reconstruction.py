@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from torchem.imaging.fourier import squared_magnitude
 from torchem.imaging.masks import remove_outside
 from torchem.imaging.projection import (
     gridding_correction,
@@ -186,8 +187,9 @@ def fourier_shell_correlation_of_sums(first: Backprojection, second: Backproject
     shape, cells = volume_shape(r_max, 1, ndim), Voxels.of(r_max, 1, ndim, device)
     # the cell of each padded voxel, axis by axis, x last and not centred
     cell = torch.zeros_like(first.voxels.index)
-    for axis, position in enumerate(torch.unravel_index(first.voxels.index, first.data.shape)):
+    for axis, stride in enumerate(first.data.stride()):  # torch.unravel_index would import SymPy
         centred = axis < ndim - 1
+        position = first.voxels.index // stride % first.data.shape[axis]
         k = (position - first.data.shape[0] // 2 * centred).double() / first.padding
         k = (torch.sign(k) * torch.floor(k.abs() + 0.5)).long()
         cell = cell * shape[axis] + k + shape[0] // 2 * centred
@@ -202,7 +204,7 @@ def fourier_shell_correlation_of_sums(first: Backprojection, second: Backproject
     a, b = averaged(first), averaged(second)
     cross, power_a, power_b = (
         cells.shell_sums(values, first.shells, border=True)[0]
-        for values in ((a * b.conj()).real, a.abs().square(), b.abs().square())
+        for values in ((a * b.conj()).real, squared_magnitude(a), squared_magnitude(b))
     )
     power = power_a * power_b
     fsc = torch.where(power > 0, cross / power.clamp(min=1e-300).sqrt(), 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchem.em.images import ImageBatch
 from torchem.em.model import Model, State
 from torchem.em.sampling import Sampling
-from torchem.imaging.fourier import round_half_away
+from torchem.imaging.fourier import round_half_away, squared_magnitude
 from torchem.imaging.projection import fourier_volume
 from torchem.imaging.symmetry import axes_distance, rotation_matrix
 from torchem.ops.slices import Slices
@@ -206,11 +206,11 @@ def estimate_accuracy(
     k = torch.where(coordinate[:, None] == 0, geometry.pixels.kx, geometry.pixels.ky)[:, : geometry.n_pixels]
 
     def turned(error: Tensor) -> Tensor:
-        return (true - slices(euler + error * turn)).abs().square()
+        return squared_magnitude(true - slices(euler + error * turn))
 
     def shifted(error: Tensor) -> Tensor:
         # |1 - exp(iφ)|² = 4 sin²(φ/2)
-        return true.abs().square() * (2 * torch.sin(torch.pi * error / geometry.optics.box * k)).square().to(dtype)
+        return squared_magnitude(true) * (2 * torch.sin(torch.pi * error / geometry.optics.box * k)).square().to(dtype)
 
     angle_steps = ((0.2, 0.05), (1, 0.1), (2, 0.2), (5, 0.5), (10, 1), (20, 2), (30, 5))
     shift_steps = ((1, 0.1), (2, 0.2), (5, 0.5), (10, 1))
