@@ -1,9 +1,10 @@
 """Triton kernels for scores of shifted images against projections: half squared distances by matrix products.
 
 Layouts: a row of an operand is [real parts | imaginary parts], each padded to ``half`` values; operands in two terms
-hold them side by side, images as [low | high], projections as [high | low]. Projections, their norms and the result
-are numbered class by class, each class padded to ``stride`` orientations, a multiple of 16 handed over divided by 16
-so that the compiler sees that wide stores are aligned. All sizes are run-time integers.
+hold them side by side, images as [low | high], projections as [high | low]. Norms are a row for each image; unless
+summed in double, the rows of high and then of low weights, to be added. Projections, their norms and the result are
+numbered class by class, each class padded to ``stride`` orientations, a multiple of 16 handed over divided by 16 so
+that the compiler sees that wide loads are aligned. All sizes are run-time integers.
 """
 
 import triton
@@ -51,83 +52,66 @@ def _phase_shift(
 
 
 @triton.jit
-def _norms(
-    weights, factor, constant, projections, norms, n_images, n_pixels, half, n_columns, program,
-    CORRELATION: tl.constexpr, CONSTANT: tl.constexpr, ORIENTATIONS: tl.constexpr, IMAGES: tl.constexpr,
-    PIXELS: tl.constexpr,
+def _split_weights(
+    weights, factor, split, n_images, n_pixels, half, program,
+    CORRELATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of ½ΣC²|P|² of the rounded projections (correlation: 1/sqrt of norm × power)."""
-    image_blocks = tl.cdiv(n_images, IMAGES)
-    image = program % image_blocks * IMAGES + tl.arange(0, IMAGES)
-    row = program // image_blocks * ORIENTATIONS
-    of_image = image < n_images
-    total = tl.zeros((ORIENTATIONS, IMAGES), tl.float32)
-    for start in range(0, half, PIXELS):
-        pixel = start + tl.arange(0, PIXELS)
-        valid = pixel < n_pixels
-        w = tl.load(
-            weights + image.to(tl.int64)[:, None] * n_pixels + pixel[None, :],
-            of_image[:, None] & valid[None, :], other=0.0,
-        )  # fmt: skip
-        if not CORRELATION:
-            scale = tl.load(factor + pixel, valid, other=0.0)
-            w = w * (scale * scale)[None, :]
-        p_re = projections.load([row, start]).to(tl.float32)
-        p_im = projections.load([row, half + start]).to(tl.float32)
-        square = p_re * p_re + p_im * p_im
-        # three TF32 products of high and low terms: good to 2^-22
-        high = (square.to(tl.int32, bitcast=True) & _TF32).to(tl.float32, bitcast=True)
-        w_high = (w.to(tl.int32, bitcast=True) & _TF32).to(tl.float32, bitcast=True)
-        part = tl.dot(square - high, w_high.T, input_precision="tf32")
-        part = tl.dot(high, (w - w_high).T, part, input_precision="tf32")
-        # the tensor cores truncate: sums are kept short there and added here
-        total += tl.dot(high, w_high.T, part, input_precision="tf32", max_num_imprecise_acc=PIXELS)
-    orientation = row + tl.arange(0, ORIENTATIONS)
-    if CORRELATION:
-        value = tl.rsqrt(total * n_pixels)
-    else:
-        value = 0.5 * total
-        if CONSTANT:  # float64; see log_weights
-            c = tl.load(constant + image, of_image, other=0.0)
-            value += (-c - (-2 * c).to(tl.float32)).to(tl.float32)[None, :]
-    out = norms + image.to(tl.int64)[None, :] * n_columns + orientation[:, None]
-    tl.store(out, value, of_image[None, :] & (orientation < n_columns)[:, None])
+    """Write ROWS × PIXELS weights, of whitened projections, as high and low rows for the product that makes norms."""
+    pixel_blocks = tl.cdiv(half, PIXELS)
+    image = program // pixel_blocks * ROWS + tl.arange(0, ROWS)
+    pixel = program % pixel_blocks * PIXELS + tl.arange(0, PIXELS)
+    valid = pixel < n_pixels
+    of_image = (image < n_images)[:, None]
+    w = tl.load(weights + image.to(tl.int64)[:, None] * n_pixels + pixel[None, :], of_image & valid[None, :], other=0.0)
+    if not CORRELATION:
+        scale = tl.load(factor + pixel, valid, other=0.0)
+        w *= (scale * scale)[None, :]
+    high = w.to(split.dtype.element_ty)
+    low = (w - high.to(tl.float32)).to(split.dtype.element_ty)
+    out = split + image.to(tl.int64)[:, None] * (2 * half) + pixel[None, :]
+    keep = of_image & (pixel < half)[None, :]
+    lower = n_images.to(tl.int64) * (2 * half)
+    for term in tl.static_range(2):  # of the squared projections
+        tl.store(out + term * half, high, keep)
+        tl.store(out + lower + term * half, low, keep)
 
 
-@triton.jit(do_not_specialize=("n_images", "n_rows", "n_shifts", "n_pixels", "half", "columns16", "norm_programs"))
+@triton.jit(do_not_specialize=("n_images", "n_rows", "n_shifts", "n_pixels", "half", "weight_programs"))
 def prepare(
-    images, weights, phases, factor, power, constant, projections, shifted, norms,
-    n_images, n_rows, n_shifts, n_pixels, half, columns16, norm_programs,
-    TERMS: tl.constexpr, TF32: tl.constexpr, CORRELATION: tl.constexpr,
-    CONSTANT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ORIENTATIONS: tl.constexpr,
-    IMAGES: tl.constexpr, PIXELS: tl.constexpr,
+    images, weights, phases, factor, power, shifted, split,
+    n_images, n_rows, n_shifts, n_pixels, half, weight_programs,
+    TERMS: tl.constexpr, TF32: tl.constexpr, CORRELATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Everything that the product needs, in one launch: the first programs make norms, the others shifted images."""
+    """Left operands of both products, in one launch: the first programs split weights, the others shift images."""
     program = tl.program_id(0)
-    if program < norm_programs:
-        _norms(
-            weights, factor, constant, projections, norms, n_images, n_pixels, half, columns16 * 16, program,
-            CORRELATION, CONSTANT, ORIENTATIONS, IMAGES, PIXELS,
-        )  # fmt: skip
+    if program < weight_programs:
+        _split_weights(weights, factor, split, n_images, n_pixels, half, program, CORRELATION, ROWS, PIXELS)
     else:
         _phase_shift(
-            images, phases, factor, power, shifted, n_rows, n_shifts, n_pixels, half, program - norm_programs,
-            TERMS, TF32, CORRELATION, ROWS, COLUMNS,
+            images, phases, factor, power, shifted, n_rows, n_shifts, n_pixels, half, program - weight_programs,
+            TERMS, TF32, CORRELATION, ROWS, PIXELS,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("n_rows", "n_shifts", "half", "n_classes", "per_class", "stride16", "n_programs"))
 def log_weights(
-    shifted, projections, norms, constant, orientation_prior, offset_prior, out, tile_max, tile_sum,
+    shifted, projections, norms, unit, constant, orientation_prior, offset_prior, out, tile_max, tile_sum,
     n_rows, n_shifts, half, n_classes, per_class, stride16, n_programs,
     PRODUCTS: tl.constexpr, PRECISION: tl.constexpr, CORRELATION: tl.constexpr, CONSTANT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PART: tl.constexpr, FLATTEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PART: tl.constexpr, FEW_IMAGES: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the product with its epilogue: norms, log priors, and each tile row's maximum and sum."""
     stride = stride16 * 16
     steps = 2 * half // DEPTH
     row_tiles = tl.cdiv(n_rows, ROWS)
     class_tiles = tl.cdiv(per_class, COLUMNS)
+    EXACT: tl.constexpr = PRODUCTS == 3 or PRECISION == "ieee"
+    PARTS: tl.constexpr = COLUMNS // PART
+    width = n_classes.to(tl.int64) * stride
+    n_images = n_rows // n_shifts
+    if not EXACT:
+        scale = tl.load(unit)
     tiles = row_tiles * class_tiles * n_classes
     for tile in tl.range(tl.program_id(0), tiles, n_programs, flatten=FLATTEN):
         # groups of 16 row tiles share the projections, and each other's images, in L2
@@ -147,7 +131,7 @@ def log_weights(
             b_step = tl.where(step >= (PRODUCTS - 1) * steps, step - (PRODUCTS - 1) * steps, step)
             a = shifted.load([first_row, a_step * DEPTH])
             b = projections.load([k * stride + first, b_step * DEPTH])
-            if PRODUCTS == 3 or PRECISION == "ieee":
+            if EXACT:
                 # sums in two terms: float32 alone would lose what matters beside ‖P/σ‖² = 10^6
                 part = tl.dot(a, b.T, input_precision=PRECISION, max_num_imprecise_acc=DEPTH)
                 new = total + part
@@ -159,18 +143,34 @@ def log_weights(
         row = first_row + tl.arange(0, ROWS)
         of_row = row < n_rows
         image, shift = (row // n_shifts).to(tl.int64), row % n_shifts
-        if not CORRELATION:
+        if CORRELATION:
+            offset = tl.zeros((ROWS,), tl.float32)
+        else:
             offset = tl.load(offset_prior + (image * n_classes + k) * n_shifts + shift, of_row, other=0.0)
         if CONSTANT:
-            base = (-2 * tl.load(constant + image, of_row, other=0.0)).to(tl.float32)
+            c = tl.load(constant + image, of_row, other=0.0)
+            base = (-2 * c).to(tl.float32)
             total -= base[:, None]
-        if PRODUCTS == 3 or PRECISION == "ieee":
+        if EXACT:
             total += low
-        line = k.to(tl.int64) * stride
+        line = norms + k.to(tl.int64) * stride
+        below = n_images * width  # from norms by high weights to those by low ones
+        if FEW_IMAGES:
+            its = first_row // n_shifts + tl.arange(0, 16)
+            one = (image[:, None] == its[None, :]).to(tl.float32)
+            of_images = ()
+            for i in tl.static_range(PARTS):
+                # to the padded width, whose alignment the compiler knows
+                column = first + i * PART + tl.arange(0, PART)
+                inside = (its * n_shifts < tl.minimum(first_row + ROWS, n_rows))[:, None] & (column < stride)[None, :]
+                place = line + its.to(tl.int64)[:, None] * width + column[None, :]
+                norm = tl.load(place, inside, other=0.0)
+                if not EXACT:
+                    norm += tl.load(place + below, inside, other=0.0)
+                of_images += (norm,)
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         mass = tl.zeros((ROWS,), tl.float32)
         # the tile in parts, so that norms and results do not crowd out the registers
-        PARTS: tl.constexpr = COLUMNS // PART
         if PARTS == 1:
             parts = (total,)
         else:
@@ -183,16 +183,33 @@ def log_weights(
                 parts = (a0, a1, a2, a3)
         for i in tl.static_range(PARTS):
             column = first + i * PART + tl.arange(0, PART)
-            # to the padded width, whose alignment the compiler knows
-            inside = of_row[:, None] & (column < stride)[None, :]
-            norm = tl.load(norms + image[:, None] * (n_classes * stride) + line + column[None, :], inside, other=0.0)
-            if CORRELATION:
-                value = parts[i] * norm
-            else:
+            if not CORRELATION:
                 prior = tl.load(orientation_prior + k * per_class + column, column < per_class, other=float("-inf"))
+            if FEW_IMAGES:
+                # the tensor cores bring norms to their rows: loads would force another layout upon the tile
+                norm = tl.zeros((ROWS, PART), tl.float32)
+                rest = of_images[i]
+                for _ in tl.static_range(3 if EXACT else 2):
+                    high = (rest.to(tl.int32, bitcast=True) & _TF32).to(tl.float32, bitcast=True)
+                    norm = tl.dot(one, high, norm, input_precision="tf32")
+                    rest -= high
+            else:
+                place = line + image[:, None] * width + column[None, :]
+                inside = of_row[:, None] & (column < stride)[None, :]
+                norm = tl.load(place, inside, other=0.0)
+                if not EXACT:
+                    norm += tl.load(place + below, inside, other=0.0)
+            if not EXACT:
+                norm *= scale
+            if CORRELATION:
+                value = parts[i] * tl.rsqrt(norm)
+                counted = tl.where((column < per_class)[None, :], value, float("-inf"))
+            else:
+                if CONSTANT and not EXACT:
+                    norm -= (c + base.to(tl.float64)).to(tl.float32)[:, None]
                 value = (parts[i] - norm) + (offset[:, None] + prior[None, :])
-            tl.store(out + row.to(tl.int64)[:, None] * (n_classes * stride) + line + column[None, :], value, inside)
-            counted = tl.where((column < per_class)[None, :], value, float("-inf"))
+                counted = value
+            out.store([first_row, k, first + i * PART], value.reshape(ROWS, 1, PART))
             new_top = tl.maximum(top, tl.max(counted, 1))
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)
             mass = mass * tl.exp(top - safe) + tl.sum(tl.exp(counted - safe[:, None]), 1)

@@ -145,6 +145,21 @@ def test_chosen_precision(power: float) -> None:
     assert float(error.square().mean().sqrt()) <= 0.02
 
 
+def test_norms_by_half_precision_products() -> None:
+    """High and low terms keep what float32 would."""
+    x = problem(3, 2, 33, 1, 257, 1e4)
+    ready = prepare_projections(single(x["projections"]), "fp16", 1 / x["sigma"], 2, "triton")
+    assert ready.terms is not None and ready.squares is not None and ready.unit is not None
+    weights = x["weights"] * x["sigma"] ** 2
+    power = ready.terms.double().unflatten(1, (2, -1)).square().sum(1)[:, :257]
+    expected = 0.5 * weights @ power.T
+    high = weights.half()
+    terms = torch.cat([high, (weights - high).half()]).double()
+    low, high = (part[:, :257].double() for part in ready.squares.chunk(2, dim=1)[::-1])
+    norms = (terms @ (high + low).T * ready.unit.double()).unflatten(0, (2, -1)).sum(0)
+    assert float((norms - expected).abs().max()) <= 2**-21 * float(expected.max())
+
+
 @pytest.mark.parametrize("correlation", [False, True])
 def test_matrix_products(correlation: bool) -> None:
     x = problem(2, 2, 33, 7, 65)

@@ -69,6 +69,11 @@ class Projections:
         `(k·stride, terms·2·half)` rounded, whitened and padded for the kernels; None for PyTorch.
     factor
         `(p,)` what images must be multiplied by in return.
+    squares
+        `(k·stride, 2·half)` FP16: |terms|² in high and low terms, for norms by a matrix product; None where norms are
+        summed in double.
+    unit
+        `()` what such a product must be multiplied by.
     """
 
     values: Tensor
@@ -78,6 +83,8 @@ class Projections:
     whitened: bool
     terms: Tensor | None = None
     factor: Tensor | None = None
+    squares: Tensor | None = None
+    unit: Tensor | None = None
 
     @property
     def per_class(self) -> int:
@@ -244,7 +251,25 @@ def prepare_projections(
             if n == 2:
                 terms[k, part, 1, :, :p] = (planes - high.float()).to(how.dtype)
     result.terms = terms.flatten(2).flatten(0, 1)
+    if n == 1 and how.mode != "ieee":
+        result.squares, scale = _squares(result.terms)
+        result.unit = (0.5 if result.whitened else p) / scale
     return result
+
+
+def _squares(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """|terms|² times a power of two, as high and low FP16 terms side by side, `(k·stride, 2·half)`, and that power."""
+    parts = terms.split(8192)
+    peak = torch.stack([torch.linalg.vector_norm(part, torch.inf) for part in parts]).amax().float()
+    # sums of two squares reach at most 2^15
+    scale = torch.exp2(-2 * peak.clamp(min=2.0**-40).log2().ceil() + 14)
+    squares = torch.empty_like(terms, dtype=torch.float16)
+    for part, out in zip(parts, squares.split(8192), strict=True):
+        value = part.unflatten(1, (2, -1)).float().square().sum(1) * scale
+        high, low = out.chunk(2, dim=1)
+        high.copy_(value)
+        low.copy_(value - high.float())
+    return squares, scale
 
 
 def log_weights(
@@ -357,8 +382,7 @@ def _by_kernels(
     how = PRECISIONS[projections.precision]
     n, t, p = len(images), len(phases), images.shape[1]
     k, r, stride, half = projections.n_classes, projections.per_class, projections.stride, projections.half
-    rows, columns = n * t, k * stride
-    device, terms = images.device, projections.terms
+    rows, device, terms = n * t, images.device, projections.terms
     assert terms is not None and projections.factor is not None
     processors = torch.cuda.get_device_properties(device).multi_processor_count if images.is_cuda else 3
     tiling = tiling or _tiling(how, rows, k, r, processors)
@@ -368,24 +392,23 @@ def _by_kernels(
     priors = [None if x is None else x.float().contiguous() for x in (orientation_prior, offset_prior)]
 
     shifted = torch.empty((rows, how.image_terms * 2 * half), dtype=how.dtype, device=device)
-    if exact:
-        norms = _exact_norms(weights, projections, power, constant)
-        norm_programs = 0
-    else:
-        norms = torch.empty((n, columns), device=device)
-        norm_programs = -(-columns // 128) * -(-n // 64)
-    shift_programs = -(-rows // 32) * -(-half // 128)
-    kernels.prepare[(norm_programs + shift_programs,)](
+    split = None if exact else torch.empty((2 * n, 2 * half), dtype=torch.float16, device=device)
+    blocks = -(-half // 128)
+    weight_programs = 0 if exact else -(-n // 32) * blocks
+    kernels.prepare[(weight_programs + -(-rows // 32) * blocks,)](
         torch.view_as_real(images.contiguous()), weights.contiguous(), torch.view_as_real(phases.contiguous()),
-        projections.factor, power, constant, TensorDescriptor.from_tensor(terms, [128, 32]), shifted, norms,
-        n, rows, t, p, half, columns // 16, norm_programs,
-        TERMS=how.image_terms, TF32=projections.precision == "tf32",
-        CORRELATION=power is not None, CONSTANT=constant is not None, ROWS=32, COLUMNS=128, ORIENTATIONS=128,
-        IMAGES=64, PIXELS=32, num_warps=8, maxnreg=128,  # two programs a processor
+        projections.factor, power, shifted, split, n, rows, t, p, half, weight_programs,
+        TERMS=how.image_terms, TF32=projections.precision == "tf32", CORRELATION=power is not None,
+        ROWS=32, PIXELS=128, num_warps=8,
     )  # fmt: skip
+    if split is None:
+        norms = _exact_norms(weights, projections, power, constant)
+    else:
+        assert projections.squares is not None
+        norms = _product(split, projections.squares)
 
     class_tiles = -(-r // tiling.columns)
-    values = torch.empty((n, t, k, stride), device=device)
+    values = torch.empty((rows, k, stride), device=device)
     tile_max = torch.empty((n, t, k * class_tiles), device=device)
     tile_sum = torch.empty_like(tile_max)
     programs = -(-rows // tiling.rows) * class_tiles * k
@@ -394,21 +417,30 @@ def _by_kernels(
     kernels.log_weights[(programs,)](
         TensorDescriptor.from_tensor(shifted, [tiling.rows, tiling.depth]),
         TensorDescriptor.from_tensor(terms, [tiling.columns, tiling.depth]),
-        norms, constant, *priors, values, tile_max, tile_sum, rows, t, half, k, r, stride // 16, programs,
+        norms, projections.unit, constant, *priors,
+        TensorDescriptor.from_tensor(values, [tiling.rows, 1, tiling.part]), tile_max, tile_sum,
+        rows, t, half, k, r, stride // 16, programs,
         PRODUCTS=how.products, PRECISION=how.mode, CORRELATION=power is not None, CONSTANT=constant is not None,
-        ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, PART=tiling.part, FLATTEN=tiling.flatten,
+        ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, PART=tiling.part,
+        FEW_IMAGES=min(n, (tiling.rows - 1) // t + 2) <= 16, FLATTEN=tiling.flatten,
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
-    return LogWeights(values[..., :r].flatten(2), tile_max, tile_sum, tiling.columns)
+    return LogWeights(values[..., :r].reshape(n, t, k * r), tile_max, tile_sum, tiling.columns)
 
 
 def _tiling(how: Precision, rows: int, n_classes: int, per_class: int, processors: int) -> Tiling:
-    """Tiles that fill the tensor cores; narrower ones where there are few, or where sums are kept in two terms."""
+    """Tiles that fill the tensor cores; smaller ones where there are few, or where sums are kept in two terms."""
     if how.mode == "ieee":
         return Tiling(64, 64, 32, 64, flatten=False)
     depth = 128 // how.dtype.itemsize
-    few = -(-rows // 128) * -(-per_class // 256) * n_classes < 2 * processors
-    return Tiling(128, 128 if few or how.products == 3 else 256, depth, 64)
+    if -(-rows // 128) * -(-per_class // 256) * n_classes < processors:
+        return Tiling(64, 128, depth, 64, warps=4, flatten=False)
+    return Tiling(128, 128 if how.products == 3 else 256, depth, 64)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.T` of FP16 operands in float32."""
+    return torch.mm(a, b.T, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.T.float()
 
 
 def _exact_norms(weights: Tensor, projections: Projections, power: Tensor | None, constant: Tensor | None) -> Tensor:
@@ -423,7 +455,7 @@ def _exact_norms(weights: Tensor, projections: Projections, power: Tensor | None
         planes = projections.terms[start : start + 4096].unflatten(1, (n_terms, 2, -1)).double().sum(1)
         norm = w @ planes.square().sum(1)[:, : w.shape[1]].T
         if power is not None:
-            norm = (norm * w.shape[1]).rsqrt()
+            norm *= w.shape[1]
         else:
             norm *= 0.5
             if constant is not None:
