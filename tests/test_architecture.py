@@ -10,7 +10,7 @@ PACKAGE = ROOT / "torchem"
 
 # what each package may import beside itself; commands, the files directly in torchem/, may import everything
 ALLOWED = {
-    "benchmarks": {"ops", "runtime", "errors"},
+    "benchmarks": {"em", "imaging", "data", "ops", "runtime", "errors"},
     "report": {"em", "imaging", "data", "ops", "runtime", "errors"},
     "em": {"imaging", "data", "ops", "runtime", "errors"},
     "imaging": {"data", "ops", "runtime", "errors"},

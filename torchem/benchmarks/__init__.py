@@ -1,1 +1,1 @@
-"""Speed and error of the hot operations on a GPU, beside the rates of the same machine in the same run."""
+"""Speed, memory and error of operations and refinements, beside the rates of the same machine in the same run."""

@@ -1,14 +1,16 @@
 """Squared difference: parity, rates, errors of log weights, tiled against untiled.
 
-Run it with ``python -m torchem.benchmarks.squared_difference``.
+``python -m torchem.benchmarks.squared_difference`` does all of it at the sizes of a refinement, on a GPU.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from torchem.benchmarks.measure import DEVICE, Case, peak_mb, require_parity, seconds, table
+from torchem.errors import InputError
 from torchem.ops.squared_difference import (
     PRECISIONS,
     LogWeights,
@@ -23,7 +25,9 @@ from torchem.ops.squared_difference import (
 SHAPES = ((64, 29, 36864, 1400), (256, 21, 4608, 6400), (64, 21, 1152, 190), (64, 37, 9216, 693))
 POWERS = (10.0, 300.0, 1e4, 1e6)
 IMAGE_SIZES = (32, 64, 128, 256)
-DEVICE = torch.device("cuda")
+# particles, box, orientations, shifts of a coarse pass at order 3, or what two cores do in a second
+SIZES = {"cuda": (64, 42, 9216, 37), "cpu": (4, 22, 1152, 21)}
+REPEATS, PLOTTED = 5, ("tflops", "of_lower")
 
 
 def problem(
@@ -62,7 +66,9 @@ def problem(
     }  # fmt: skip
 
 
-def prepared(x: dict[str, Tensor], precision: str, backend: str = "triton", correlation: bool = False) -> Projections:
+def prepared(
+    x: dict[str, Tensor], precision: str, backend: str | None = None, correlation: bool = False
+) -> Projections:
     whitening = None if correlation else torch.ones_like(x["ctf"][0])
     return prepare_projections(x["projections"], precision, whitening, backend=backend)
 
@@ -83,89 +89,86 @@ def single(x: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def seconds(call: Callable[..., object], *arguments: object, repeats: int = 5, **options: object) -> float:
-    """Median time of one call on the device, without that of launching: calls are recorded and replayed together."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for _ in range(2):  # the second time nothing is compiled
-        start.record()
-        call(*arguments, **options)
-        end.record()
-        end.synchronize()
-    calls = max(1, min(20, int(2 / start.elapsed_time(end))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call(*arguments, **options)
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / calls)
-    return sorted(times)[repeats // 2]
-
-
 def check_parity() -> None:
-    """Raise if a precision is far from matrix products in double, at odd sizes."""
-    for sizes in ((3, 5, 63, 65), (2, 37, 1153, 693)):
+    """Raise AssertionError if a precision is far from matrix products in double, at odd sizes."""
+    on_gpu = DEVICE.type == "cuda"
+    for sizes in ((3, 5, 63, 65), (20, 1, 257, 65), (2, 37, 1153, 693))[: 3 if on_gpu else 1]:
         x = problem(*sizes, double=True)
         for correlation in (False, True):
-            expected = scores(x, prepared(x, "fp32", "matmul", correlation), correlation).values
-            for precision in PRECISIONS:
-                found = scores(single(x), prepared(single(x), precision, "triton", correlation), correlation).values
-                error = float((found - expected).abs().max())
-                bound = 2e-3 if correlation else 0.5 if precision in ("fp16", "tf32", "split") else 0.01
-                if not error <= bound:
-                    raise AssertionError(f"{sizes} {precision} {correlation=}: largest error {error:.2g} > {bound:g}")
-        y = single(x)
-        found = plain_squared_difference(y["images"], y["ctf"], y["projections"], y["phases"])
-        model = (x["ctf"][:, None] * x["projections"])[:, None]
-        for i, t in ((0, 0), (1, 4)):
-            distance = -0.5 * (x["images"][i] * x["phases"][t] - model[i, 0]).abs().square().sum(-1)
-            torch.testing.assert_close(found[i, t].double(), distance, rtol=1e-5, atol=0)
+            truth = "matmul" if on_gpu else "reference"
+            expected = scores(x, prepared(x, "fp32", truth, correlation), correlation).values
+            for precision in PRECISIONS if on_gpu else ("fp32", "fp64"):
+                backend = "triton" if on_gpu else "matmul"
+                found = scores(single(x), prepared(single(x), precision, backend, correlation), correlation).values
+                require_parity(
+                    f"{sizes} {precision} {correlation=}", float((found - expected).abs().max()),
+                    2e-3 if correlation else 0.5 if precision in ("fp16", "tf32", "split") else 0.01,
+                )  # fmt: skip
+        if on_gpu:
+            y = single(x)
+            found = plain_squared_difference(y["images"], y["ctf"], y["projections"], y["phases"])
+            model = (x["ctf"][:, None] * x["projections"])[:, None]
+            for i, t in ((0, 0), (1, sizes[1] - 1)):
+                distance = -0.5 * (x["images"][i] * x["phases"][t] - model[i, 0]).abs().square().sum(-1)
+                torch.testing.assert_close(found[i, t].double(), distance, rtol=1e-5, atol=0)
 
 
-def time_shapes(
-    shapes: tuple[tuple[int, int, int, int], ...] = SHAPES, precisions: tuple[str, ...] = tuple(PRECISIONS)
-) -> Iterator[dict]:
-    """Times of the whole operation, of matrix products of the same shape, and of writing the result."""
-    for n, t, r, p in shapes:
-        x = problem(n, t, r, p)
-        product = {dtype: time_product(n * t, r, 2 * p, dtype) for dtype in (torch.float16, torch.float32)}
-        result = torch.empty((n, t, r), device=DEVICE)
-        writing = seconds(result.fill_, 1)
-        del result
-        for precision in (*precisions, "correlation", "plain"):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            if precision == "plain":
-                operands = x["images"], x["ctf"], x["projections"], x["phases"]
-                time, preparing = seconds(plain_squared_difference, *operands, repeats=3), 0.0
-            else:
-                correlation = precision == "correlation"
-                how = (x, "fp16" if correlation else precision, "triton", correlation)
-                time = seconds(
-                    scores, x, prepared(*how), correlation, repeats=3 if precision in ("fp32", "fp64") else 5
-                )
-                preparing = seconds(prepared, *how, repeats=3)
-            best = product[torch.float32 if precision in ("fp32", "plain") else torch.float16]
-            counted = 2 * n * t * 2 * p * r
-            yield {
-                "shape": f"{n}x{t}x{r}x{p}", "precision": precision, "ms": time * 1e3, "tflops": counted / time / 1e12,
-                "product_ms": best * 1e3, "product_tflops": counted / best / 1e12, "writing_ms": writing * 1e3,
-                "of_product": best / time, "of_lower": max(best, writing) / time, "prepare_ms": preparing * 1e3,
-                "peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9,
-            }  # fmt: skip
+def rows(case: Case) -> Iterator[dict]:
+    """A row for each precision at one size."""
+    pixels = round(math.pi * (case.box / 2) ** 2 / 2)
+    known = (*PRECISIONS, "correlation", "plain") if DEVICE.type == "cuda" else ("fp32", "fp64", "correlation")
+    precisions = known if case.precision is None else (case.precision,)
+    if precisions[0] not in known:
+        raise InputError(f"precision={case.precision}: must be one of {', '.join(known)}")
+    backends = ("triton", "matmul", "reference")[DEVICE.type == "cpu" :]
+    if case.backend not in (None, *backends):
+        raise InputError(f"backend={case.backend}: must be one of {', '.join(backends)}")
+    yield from time_shape(
+        case.n_particles, case.n_shifts, case.n_orientations, pixels, precisions, case.backend, case.repeats
+    )
 
 
-def time_product(rows: int, columns: int, depth: int, dtype: torch.dtype) -> float:
-    """Seconds that cuBLAS would need for a product, from one whose depth is padded to whole cache lines."""
+def time_shape(
+    n: int, t: int, r: int, p: int, precisions: tuple[str, ...] = tuple(PRECISIONS), backend: str | None = None,
+    repeats: int = 5,
+) -> Iterator[dict]:  # fmt: skip
+    """Times of the whole operation, of matrix products of the same shape, and of writing the result.
+
+    Counted are the operations of the matrix product, 2·(n·t)·(2p)·r. ``of_lower`` is the share of the lower of the
+    rate of the card's own product, in half precision (fp32 and plain: single; CPUs: single), and the rate of writing.
+    """
+    x = problem(n, t, r, p)
+    half = torch.float16 if DEVICE.type == "cuda" else torch.float32
+    product = {dtype: time_product(n * t, r, 2 * p, dtype, repeats) for dtype in {half, torch.float32}}
+    writing = seconds(torch.empty((n, t, r), device=DEVICE).fill_, 1, repeats=repeats)
+    for precision in precisions:
+        correlation = precision == "correlation"
+        if precision == "plain":
+            operands: tuple = x["images"], x["ctf"], x["projections"], x["phases"]
+            call, preparing = plain_squared_difference, 0.0
+        else:
+            how = (x, "fp16" if correlation else precision, backend, correlation)
+            call, operands = scores, (x, prepared(*how), correlation)  # type: ignore[assignment]
+            preparing = seconds(prepared, *how, repeats=3)
+        peak = peak_mb(call, *operands)
+        slow = precision in ("fp32", "fp64", "plain")
+        time = seconds(call, *operands, repeats=min(3, repeats) if slow else repeats)
+        best = product[torch.float32 if precision in ("fp32", "plain") else half]
+        counted = 2 * n * t * 2 * p * r
+        yield {
+            "n_particles": n, "n_shifts": t, "n_orientations": r, "n_pixels": p, "precision": precision,
+            "backend": backend or "auto", "ms": time * 1e3, "tflops": counted / time / 1e12,
+            "product_tflops": counted / best / 1e12, "of_product": best / time, "writing_ms": writing * 1e3,
+            "of_lower": max(best, writing) / time, "prepare_ms": preparing * 1e3, "peak_mb": peak,
+        }  # fmt: skip
+
+
+def time_product(rows: int, columns: int, depth: int, dtype: torch.dtype, repeats: int = 5) -> float:
+    """Seconds that a matrix library would need for a product, from one whose depth is padded to whole cache lines."""
     padded = -(-depth // 64) * 64
     a, b = (torch.randn(m, padded, device=DEVICE).to(dtype) for m in (rows, columns))
-    return seconds(torch.mm, a, b.T, out=torch.empty((rows, columns), device=DEVICE, dtype=dtype)) * depth / padded
+    out = torch.empty((rows, columns), device=DEVICE, dtype=dtype)
+    return seconds(torch.mm, a, b.T, out=out, repeats=repeats) * depth / padded
 
 
 def errors(powers: tuple[float, ...] = POWERS) -> Iterator[dict]:
@@ -201,20 +204,10 @@ def time_tiling(sizes: tuple[int, ...] = IMAGE_SIZES) -> Iterator[dict]:
         yield {"size": size, "pixels": p, "tiled_ms": tiled * 1e3, "untiled_ms": untiled * 1e3, "gain": untiled / tiled}
 
 
-def run() -> dict[str, list[dict]]:
-    """Parity, then every table."""
+if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = False
     check_parity()
-    return {"rates": list(time_shapes()), "errors": list(errors()), "tiled and untiled": list(time_tiling())}
-
-
-def table(rows: list[dict]) -> str:
-    """Rows as aligned text."""
-    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
-
-
-if __name__ == "__main__":
-    for title, rows in run().items():
-        print(f"{title}\n{table(rows)}\n", flush=True)
+    every = (*PRECISIONS, "correlation", "plain")
+    tables = (row for shape in SHAPES for row in time_shape(*shape, every)), errors(), time_tiling()
+    for title, lines in zip(("rates", "errors", "tiled and untiled"), tables, strict=True):
+        print(f"{title}\n{table(list(lines))}\n", flush=True)
