@@ -84,9 +84,10 @@ def prepare(
 ):  # fmt: skip
     """Left operands of both products, in one launch: the first programs split weights, the others shift images."""
     program = tl.program_id(0)
-    if program < weight_programs:
-        _split_weights(weights, factor, split, n_images, n_pixels, half, program, CORRELATION, ROWS, PIXELS)
-    else:
+    if split is not None:  # exact norms need no weights from here
+        if program < weight_programs:
+            _split_weights(weights, factor, split, n_images, n_pixels, half, program, CORRELATION, ROWS, PIXELS)
+    if program >= weight_programs:
         _phase_shift(
             images, phases, factor, power, shifted, n_rows, n_shifts, n_pixels, half, program - weight_programs,
             TERMS, TF32, CORRELATION, ROWS, PIXELS,
