@@ -16,6 +16,9 @@ from torch import Tensor
 from torchem.imaging.symmetry import asymmetric_directions, euler_angles, rotation_matrix
 from torchem.ops.significant import row_logsumexp
 
+# of views and directions, compared at once
+COSINES = 2**24
+
 
 @dataclass
 class Sampling:
@@ -186,15 +189,18 @@ class Grid:
         nearest = torch.full((n,), -2.0, dtype=torch.float64, device=self.device)
         alone = torch.zeros((3, n), dtype=torch.float64, device=self.device)  # direction, cosine, psi of the nearest
         found: list[tuple[Tensor, ...]] = []
-        for operator in operators.to(poses):
-            mates = poses @ operator
-            cosine = mates[:, 2] @ views.T  # (n, d)
+        for some in operators.to(poses).split(max(1, COSINES // (n * len(views)))):
+            mates = (poses[:, None] @ some).flatten(0, 1)
+            cosine = mates[:, 2] @ views.T  # (n·g, d)
             _, _, psi = euler_angles(mates)
-            particle, direction = torch.nonzero(cosine > bound, as_tuple=True)
-            found.append((particle, direction, cosine[particle, direction], psi[particle]))
+            mate, direction = torch.nonzero(cosine > bound, as_tuple=True)
+            found.append((mate // len(some), direction, cosine[mate, direction], psi[mate]))
             best = cosine.max(1)
-            alone = torch.where(best.values > nearest, torch.stack((best.indices.double(), best.values, psi)), alone)
-            nearest = torch.maximum(nearest, best.values)
+            closest = best.values.view(n, -1).max(1)
+            mate = torch.arange(n, device=self.device) * len(some) + closest.indices
+            candidate = torch.stack((best.indices[mate].double(), closest.values, psi[mate]))
+            alone = torch.where(closest.values > nearest, candidate, alone)
+            nearest = torch.maximum(nearest, closest.values)
         lonely = torch.nonzero(nearest <= bound)[:, 0]
         found.append((lonely, alone[0, lonely].long(), alone[1, lonely], alone[2, lonely]))
         particle, direction, cosine, psi = (torch.cat(part) for part in zip(*found, strict=True))
