@@ -54,7 +54,7 @@ class Tiling:
     part: int
     warps: int = 8
     stages: int = 3
-    flatten: bool = True
+    flatten: bool = False  # a program a processor, one loop over its tiles
 
 
 @dataclass
@@ -431,10 +431,10 @@ def _by_kernels(
 def _tiling(how: Precision, rows: int, n_classes: int, per_class: int, processors: int) -> Tiling:
     """Tiles that fill the tensor cores; smaller ones where there are few, or where sums are kept in two terms."""
     if how.mode == "ieee":
-        return Tiling(64, 64, 32, 64, flatten=False)
+        return Tiling(64, 64, 32, 64)
     depth = 128 // how.dtype.itemsize
     if -(-rows // 128) * -(-per_class // 256) * n_classes < processors:
-        return Tiling(64, 128, depth, 64, warps=4, flatten=False)
+        return Tiling(64, 128, depth, 64, warps=4)
     return Tiling(128, 128 if how.products == 3 else 256, depth, 64)
 
 
