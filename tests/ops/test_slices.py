@@ -9,7 +9,7 @@ from tests.em import plain_em as em
 from torchem.imaging.fourier import FourierPixels
 from torchem.imaging.projection import fourier_volume, volume_shape
 from torchem.imaging.symmetry import rotation_matrix
-from torchem.ops.slices import backproject, interpolate, project
+from torchem.ops.slices import backproject, project
 
 NDIM = pytest.mark.parametrize("ndim", [2, 3])
 BOX, R_MAX, PADDING = 24, 9, 2
@@ -117,13 +117,3 @@ def test_insertion_adds_to_what_is_there(ndim: int) -> None:
         backproject(*apart, slices[one], weights[one], matrices[one], kx, ky, PADDING, R_MAX)
     for a, b in zip(together, apart, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
-
-
-def test_interpolation_is_exact_at_the_grid_points() -> None:
-    values = torch.randn((9, 9, 5), generator=torch.Generator().manual_seed(0), dtype=torch.complex128)
-    z, y, x = torch.meshgrid(torch.arange(8), torch.arange(8), torch.arange(4), indexing="ij")
-    points = torch.stack((x, y - 4, z - 4), -1).reshape(-1, 3).double()
-    assert torch.equal(interpolate(values, points), values[:8, :8, :4].flatten())
-    middle = interpolate(values, points + 0.5)
-    corners = torch.nn.functional.avg_pool3d(torch.view_as_real(values).movedim(-1, 0), 2, 1)
-    assert torch.allclose(torch.view_as_real(middle), corners.flatten(1).T, atol=1e-14)

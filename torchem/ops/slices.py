@@ -5,7 +5,6 @@ The volume is the half x >= 0 of a padded transform, centred: `(D, D, D//2 + 1)`
 the conjugate of the mate where x < 0 (Zhang et al. 2018, §2; RELION's Projector).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,23 +80,15 @@ def project(volume: Tensor, matrices: Tensor, kx: Tensor, ky: Tensor, padding: i
     -------
     `(r, p)` complex.
     """
-    ndim, half = volume.ndim, volume.shape[0] // 2
-    points, sign = _points(matrices, kx, ky, padding, ndim)  # (r, p, ndim), (r, p)
-    # grid_sample wants [-1, 1] from the first to the last voxel, x first
-    points[..., 0].mul_(2 / half).sub_(1)
-    points[..., 1:].div_(half)
-    # the CPU kernel runs in parallel over its batch axis only, so the points are dealt to one batch a thread
-    lanes = torch.get_num_threads() if volume.device.type == "cpu" else 1
-    n = sign.numel()
-    points = torch.nn.functional.pad(points.reshape(n, ndim), (0, 0, 0, -n % lanes))
-    channels = torch.view_as_real(volume).movedim(-1, 0)
-    sampled = torch.nn.functional.grid_sample(
-        channels.expand(lanes, *channels.shape), points.reshape(lanes, *([1] * (ndim - 1)), -1, ndim),
-        mode="bilinear", padding_mode="zeros", align_corners=True,
-    )  # fmt: skip
-    real, imaginary = sampled.movedim(1, 0).reshape(2, -1)[:, :n].reshape(2, *sign.shape)
-    inside = kx * kx + ky * ky <= r_max * r_max
-    return torch.complex(real * inside, imaginary * (sign * inside))
+    if volume.is_cuda:
+        return _project_on_gpu(volume, matrices, kx, ky, padding, r_max)
+    slices = torch.empty((len(matrices), len(kx)), dtype=volume.dtype)
+    for part in _blocks(volume, matrices, kx):
+        cells = _cells(matrices[part], kx, ky, padding, r_max, volume.shape)
+        # gather works in parallel on rows, one a slice
+        values = _interpolate(volume.view(1, -1).expand(len(cells.index), -1), cells.index, cells.shares, cells.steps)
+        torch.mul(values, torch.view_as_real(cells.factor), out=torch.view_as_real(slices[part]))
+    return slices
 
 
 def backproject(
@@ -115,64 +106,105 @@ def backproject(
     matrices, kx, ky, padding, r_max
         as in :func:`project`.
     """
-    ndim = volume.ndim
-    inside = kx * kx + ky * ky <= r_max * r_max
-    kx, ky, slices, slice_weights = kx[inside], ky[inside], slices[:, inside], slice_weights[:, inside]
-    points, sign = _points(matrices, kx, ky, padding, ndim)
-    slices_imag = slices.imag * sign
-    real, imaginary = torch.view_as_real(volume).reshape(-1, 2).unbind(-1)
-    flat_weight = weight.view(-1)
-    for index, share in _corners(points, tuple(weight.shape)):
-        where = index.reshape(-1)
-        real.index_add_(0, where, (slices.real * share).reshape(-1))
-        imaginary.index_add_(0, where, (slices_imag * share).reshape(-1))
-        flat_weight.index_add_(0, where, (slice_weights * share).reshape(-1))
+    flat, flat_weight = volume.view(-1), weight.view(-1)
+    for part in _blocks(volume, matrices, kx):
+        cells = _cells(matrices[part], kx, ky, padding, r_max, volume.shape)
+        values = torch.view_as_real(slices[part].contiguous()) * torch.view_as_real(cells.factor)
+        _spread(
+            flat, flat_weight, cells.index.flatten(), values.flatten(0, 1),
+            (slice_weights[part] * cells.factor.real).flatten(), [share.flatten(0, 1) for share in cells.shares],
+            cells.steps,
+        )  # fmt: skip
 
 
-def interpolate(values: Tensor, points: Tensor) -> Tensor:
-    """Trilinear values of a centred half grid at any points, exact at the grid's own points.
+# complex values in a temporary on a CPU: all of them together stay in its caches
+BLOCK = 2**16
 
-    Parameters
+
+def _blocks(volume: Tensor, matrices: Tensor, kx: Tensor) -> list[slice]:
+    """Ranges of the slices that are worked on at once."""
+    n = len(matrices) if volume.is_cuda else max(1, BLOCK // len(kx))
+    return [slice(start, start + n) for start in range(0, len(matrices), max(n, 1))]
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Where slice pixels lie in a volume.
+
+    Attributes
     ----------
-    values
-        `(D, D, D//2 + 1)`.
-    points
-        `(v, 3)` x, y, z from the origin, x >= 0, inside the grid.
-
-    Returns
-    -------
-    `(v,)` in the dtype of ``values``.
+    index
+        `(r, p)` int64: the voxel below each, in the flat volume.
+    shares
+        of the voxel above it, for each axis, x first: `(r, p, 2)`, for real and imaginary part.
+    steps
+        from a voxel to the next one along each axis.
+    factor
+        `(r, p)` complex: what real and imaginary part are multiplied by: 1 and -1 where the mate is in the volume,
+        0 beyond r_max.
     """
-    flat = values.reshape(-1)
-    real = values.real.dtype if values.is_complex() else values.dtype
-    total = torch.zeros(points.shape[:-1], dtype=values.dtype, device=values.device)
-    for index, share in _corners(points, tuple(values.shape)):
-        total += flat[index] * share.to(real)
-    return total
+
+    index: Tensor
+    shares: list[Tensor]
+    steps: tuple[int, ...]
+    factor: Tensor
 
 
-def _corners(points: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The 2^d voxels around each of `points` (..., d), as flat indices, and the share of each."""
-    half, width, ndim = shape[0] // 2, shape[-1], len(shape)
-    floor = points.floor()
-    fraction = points - floor
-    cell = floor.long()
-    base = cell[..., 0] + width * (cell[..., 1] + half)
-    if ndim == 3:
-        base = base + width * shape[1] * (cell[..., 2] + half)
-    strides = (1, width, width * shape[-2])[:ndim]
-    for corner in range(2**ndim):
-        upper = [(corner >> axis) & 1 for axis in range(ndim)]
-        share = fraction[..., 0] if upper[0] else 1 - fraction[..., 0]
-        for axis in range(1, ndim):
-            share = share * (fraction[..., axis] if upper[axis] else 1 - fraction[..., axis])
-        offset = sum(u * stride for u, stride in zip(upper, strides, strict=True))
-        yield base + offset, share
+def _cells(matrices: Tensor, kx: Tensor, ky: Tensor, padding: int, r_max: int, shape: tuple[int, ...]) -> _Cells:
+    half, width = shape[0] // 2, shape[-1]
+    inside = (kx * kx + ky * ky <= r_max * r_max).to(matrices.dtype)
+    # what lies beyond is looked up at the origin, and multiplied by 0
+    kx, ky = kx * inside * padding, ky * inside * padding
+    right, up = matrices[:, :2, : len(shape), None].unbind(1)
+    axes = [(right[:, axis] * kx).addcmul_(up[:, axis], ky) for axis in range(len(shape))]  # x first
+    sign = 1 - 2 * (axes[0] < 0).to(matrices.dtype)
+    steps = (1, width, width * shape[-2])[: len(shape)]
+    index = torch.full(sign.shape, half * sum(steps[1:]), device=sign.device)
+    shares = []
+    for position, step in zip(axes, steps, strict=True):
+        cell = position.mul_(sign).floor()
+        index += cell.long() * step
+        share = position - cell
+        shares.append(torch.view_as_real(torch.complex(share, share)))
+    return _Cells(index, shares, steps, torch.complex(inside.expand_as(sign), sign * inside))
 
 
-def _points(matrices: Tensor, kx: Tensor, ky: Tensor, padding: int, ndim: int) -> tuple[Tensor, Tensor]:
-    """Padded positions `(r, p, ndim)` of slice pixels, x first and turned to x >= 0, and -1 where turned, 1 else."""
+def _interpolate(volumes: Tensor, index: Tensor, shares: list[Tensor], steps: tuple[int, ...]) -> Tensor:
+    """`(r, p, 2)`: values of the flat volumes `(r, v)` between `index` and the next voxel along each axis."""
+    if not steps:
+        return torch.view_as_real(volumes.gather(1, index))
+    lower, upper = (_interpolate(volumes, i, shares[:-1], steps[:-1]) for i in (index, index + steps[-1]))
+    return lower.lerp_(upper, shares[-1])
+
+
+def _spread(
+    volume: Tensor, weight: Tensor, index: Tensor, values: Tensor, weights: Tensor, shares: list[Tensor],
+    steps: tuple[int, ...],
+) -> None:  # fmt: skip
+    """Share values `(m, 2)` and weights `(m,)` between `index` and the next voxel along each axis, in place."""
+    if not steps:
+        volume.scatter_add_(0, index, torch.view_as_complex(values))
+        weight.scatter_add_(0, index, weights)
+        return
+    upper, upper_weights = values * shares[-1], weights * shares[-1][:, 0]
+    _spread(volume, weight, index + steps[-1], upper, upper_weights, shares[:-1], steps[:-1])
+    _spread(volume, weight, index, values - upper, weights - upper_weights, shares[:-1], steps[:-1])
+
+
+def _project_on_gpu(volume: Tensor, matrices: Tensor, kx: Tensor, ky: Tensor, padding: int, r_max: int) -> Tensor:
+    """:func:`project` in one kernel."""
+    ndim, half = volume.ndim, volume.shape[0] // 2
     k = torch.stack((kx, ky), dim=-1).to(matrices.dtype)
     points = torch.matmul(k * padding, matrices[:, :2, :ndim])  # (p, 2) @ (r, 2, ndim)
     sign = 1 - 2 * (points[..., 0] < 0).to(points.dtype)
-    return points.mul_(sign[..., None]), sign
+    points.mul_(sign[..., None])
+    # grid_sample wants [-1, 1] from the first to the last voxel, x first
+    points[..., 0].mul_(2 / half).sub_(1)
+    points[..., 1:].div_(half)
+    sampled = torch.nn.functional.grid_sample(
+        torch.view_as_real(volume).movedim(-1, 0)[None], points.reshape(1, *([1] * (ndim - 1)), -1, ndim),
+        mode="bilinear", padding_mode="zeros", align_corners=True,
+    )  # fmt: skip
+    real, imaginary = sampled.reshape(2, *sign.shape)
+    inside = kx * kx + ky * ky <= r_max * r_max
+    return torch.complex(real * inside, imaginary * (sign * inside))
