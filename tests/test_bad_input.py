@@ -61,10 +61,12 @@ def test_name_without_star() -> None:
 
 
 def test_missing_stack(small_set: Callable, tmp_path: Path) -> None:
-    small_set()
-    (tmp_path / "particles.mrcs").unlink()
+    # a name that no parent folder of the test holds, since they are searched too
+    nowhere = f"{tmp_path.name}.mrcs"
+    names = [f"{i + 1:06d}@{nowhere}" for i in range(12)]
+    small_set(lambda optics, particles, images: particles.__setitem__("rlnImageName", names))
     message = refused(options())
-    assert "particles.mrcs" in message and "dataset.root" in message and str(tmp_path) in message
+    assert nowhere in message and "dataset.root" in message and str(tmp_path) in message
 
 
 def test_stack_that_is_not_under_root(small_set: Callable, tmp_path: Path) -> None:
