@@ -106,6 +106,7 @@ def _command(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         # RELION's files name each other as seen from the project's folder
         folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        distributed.be_deterministic(options.deterministic)
         world = distributed.start(options.distributed.backend, options.device)
         with Progress(speaking=world.rank == 0) as progress:
             refine(options, folder, world, progress)

@@ -7,7 +7,6 @@ a grid that is finer than the data can tell apart; a last iteration joins the ha
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from torchem.imaging.fourier import FourierPixels, round_half_away
 from torchem.imaging.masks import soft_sphere
 from torchem.imaging.resolution import raised_cosine_lowpass, resolution_at
 from torchem.imaging.symmetry import euler_angles, operators
-from torchem.runtime.distributed import World
+from torchem.runtime.distributed import World, be_deterministic
 
 log = logging.getLogger(__name__)
 
@@ -185,11 +184,7 @@ class Refiner:
         self.world = world or World(device=_device(options.device))
         self.device = self.world.device
         self.dtype = torch.float64 if options.precision == "double" else torch.float32
-        if options.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be so
-        # where nothing changes it would still import the compiler, which takes seconds
-        if options.deterministic != torch.are_deterministic_algorithms_enabled():
-            torch.use_deterministic_algorithms(options.deterministic)
+        be_deterministic(options.deterministic)
         self.optics = particles.optics
         self.box, self.pixel_size = self.optics[0].box, self.optics[0].pixel_size
         self.operators = torch.from_numpy(operators(options.dataset.symmetry or "C1")).to(self.device)

@@ -173,6 +173,15 @@ def start(backend: str = "auto", device: str = "auto") -> World:
     return World(launch.rank, launch.size, here)
 
 
+def be_deterministic(on: bool) -> None:
+    """Let every operation give the same bits every time, or no longer; to be called before :func:`start`."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be so
+    # where nothing changes it would still import the compiler, which takes seconds
+    if on != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(on)
+
+
 def stop() -> None:
     """Leave the process group, if there is one, together: rank 0 serves the others until they are through."""
     if dist.is_initialized():
@@ -181,8 +190,18 @@ def stop() -> None:
 
 
 def _wake(device: torch.device) -> None:
-    """Start a GPU: its context, and the libraries behind a transform."""
-    torch.view_as_real(torch.fft.rfft2(torch.ones((8, 8), device=device))).sum().item()
+    """Start a GPU, and what takes long at its first use: transforms, matrix products, sorting, and Triton."""
+    from torchem.ops.significant import posterior
+
+    with torch.cuda.device(device):
+        torch.view_as_real(torch.fft.rfft2(torch.ones((8, 8), device=device))).sum().item()
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            some = torch.ones((2, 16, 16), dtype=dtype, device=device)
+            torch.mm(some[0], some[1])
+            torch.bmm(some, some)
+        posterior(torch.zeros(2, device=device), torch.tensor([0, 2], device=device), 0.999)
+        torch.unique(torch.zeros(2, dtype=torch.int64, device=device), return_inverse=True)
+        torch.cuda.synchronize()
 
 
 def _check_backend(backend: str, device: str, gpus: int, launch: Launch) -> None:
