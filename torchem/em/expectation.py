@@ -461,9 +461,19 @@ class Expectation:
         else:
             residual, figures = add_rows(*where, self.settings.chunk_elements)
 
+        # offsets, from how much of each particle is at each class and translation
+        class_of = orientation // grid.n_orientations
+        by_child = kept.sum(1, dtype=torch.float64)  # (b, j)
+        share = by_child.new_zeros((n * self.model.n_classes * n_shifts, j))
+        share.index_add_(0, (rows * self.model.n_classes + class_of) * n_shifts + shift, by_child)
+        share = share.view(n, -1, n_shifts, j)
+        offsets = (batch.offset_angst[:, None, None] + grid.fine_shifts())[:, None]  # (n, 1, t, j, 2)
+        from_prior = offsets - self.model.prior_offset[:, None, None]
+        sums.offset_square += (share * from_prior.square().sum(-1)).sum()
+        sums.class_offset += (share[..., None] * offsets).sum((0, 2, 3))
+        total = share.sum((1, 2, 3))
+
         # noise, norm and scale from what is left of the images
-        total = torch.zeros(n, dtype=torch.float64, device=rows.device)
-        total.index_add_(0, rows, kept.double().sum((1, 2)))
         shells = torch.arange(batch.power.shape[1], device=rows.device)
         power = torch.where(shells <= batch.geometry.size // 2, total[:, None] * batch.power, batch.power)
         by_shell = residual @ batch.geometry.pixels.shell_matrix(batch.geometry.size, torch.float64)
@@ -475,13 +485,7 @@ class Expectation:
         sums.scale_aa.index_add_(0, group, figures[:, 2])
         sums.group_weight.index_add_(0, group, torch.ones_like(total))
 
-        # offsets, directions, figures
-        class_of = orientation // grid.n_orientations
-        by_child = kept.double().sum(1)  # (b, j)
-        offsets = batch.offset_angst[rows][:, None] + grid.fine_shifts()[shift]  # (b, j, 2)
-        from_prior = offsets - self.model.prior_offset[class_of][:, None]
-        sums.offset_square += (by_child * from_prior.square().sum(-1)).sum()
-        sums.class_offset.index_add_(0, class_of, (by_child[..., None] * offsets).sum(1))
+        # directions, figures
         direction = class_of * grid.n_directions + orientation % grid.n_orientations // grid.n_psi
         sums.pdf_direction.view(-1).index_add_(0, direction, by_child.sum(1))
         sums.pmax += pmax.sum()
@@ -492,7 +496,7 @@ class Expectation:
         fine = orientation[block] % grid.n_orientations * o + child // j
         return BatchResult(
             euler_matrix=grid.child_matrices(fine),
-            offset_angst=offsets[block, child % j],
+            offset_angst=offsets[torch.arange(n, device=rows.device), 0, shift[block], child % j],
             class_number=class_of[block],
             norm_correction=new_norm,
             pmax=pmax,
