@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torchem.errors import InputError
 
 _TYPES = {0: np.int8, 1: np.int16, 2: np.float32, 6: np.uint16, 12: np.float16}
 _OPEN_STACKS = 128  # each memory map holds a file descriptor; systems often allow 1,024
+READERS = 8  # threads that copy images out of memory maps
 
 
 class Header(NamedTuple):
@@ -217,14 +219,21 @@ class ImageStacks:
                 f"images of different sizes read together: {sorted(shapes)}; read one optics group at a time"
             )
         images = np.empty((len(indices), *shapes.pop()), np.float32)
-        for file in np.unique(self.file[indices]):
-            chosen = np.flatnonzero(self.file[indices] == file)
-            positions = self.position[indices[chosen]]
-            stack = self._open(int(file))
-            if positions.max() >= len(stack):
-                raise self._past_the_end(indices[chosen[np.argmax(positions)]], self.path(file), len(stack))
-            order = np.argsort(positions)  # disks like to read forwards
-            images[chosen[order]] = stack[positions[order]]
+        files, positions = self.file[indices], self.position[indices]
+        stacks = {file: self._open(file) for file in np.unique(files).tolist()}
+        counts = np.array([len(stacks[file]) for file in files.tolist()])
+        if (positions >= counts).any():
+            row = int(np.argmax(positions >= counts))
+            raise self._past_the_end(indices[row], self.path(files[row]), counts[row])
+
+        def copy(rows: np.ndarray) -> None:
+            for row, file, position in zip(rows.tolist(), files[rows].tolist(), positions[rows].tolist(), strict=True):
+                images[row] = stacks[file][position]
+
+        # disks like to read forwards, and one thread cannot keep up with a fast one, or with memory
+        parts = np.array_split(np.lexsort((positions, files)), READERS)
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(copy, parts))
         return images
 
     def _past_the_end(self, row: int, path: Path, count: int) -> InputError:
