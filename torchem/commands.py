@@ -6,15 +6,19 @@ import difflib
 import errno
 import os
 import sys
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchem.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 Options = TypeVar("Options")
 
@@ -90,6 +94,28 @@ def telling(interrupted: str) -> Iterator[None]:
         _fail(f"{error.filename}: {error.strerror}; free space or rights, or choose another hydra.run.dir=FOLDER")
     except KeyboardInterrupt:
         _fail(f"interrupted: {interrupted}", status=130)
+
+
+def wake(device: torch.device) -> None:
+    """Start a GPU beside other work, and what takes long at its first use: transforms, products, sorting, Triton."""
+    if device.type == "cuda":
+        threading.Thread(target=_wake, args=(device,)).start()
+
+
+def _wake(device: torch.device) -> None:
+    import torch
+
+    from torchem.ops.significant import posterior
+
+    with torch.cuda.device(device):
+        torch.view_as_real(torch.fft.rfft2(torch.ones((8, 8), device=device))).sum().item()
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            some = torch.ones((2, 16, 16), dtype=dtype, device=device)
+            torch.mm(some[0], some[1])
+            torch.bmm(some, some)
+        posterior(torch.zeros(2, device=device), torch.tensor([0, 2], device=device), 0.999)
+        torch.unique(torch.zeros(2, dtype=torch.int64, device=device), return_inverse=True)
+        torch.cuda.synchronize()
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:

@@ -28,7 +28,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from torchem.commands import check_option_names, telling, to_options
+from torchem.commands import check_option_names, telling, to_options, wake
 from torchem.em.options import DatasetOptions, RefineOptions, StandIn
 from torchem.errors import InputError
 from torchem.runtime import run_folder
@@ -108,6 +108,7 @@ def _command(config: DictConfig) -> None:
         folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         distributed.be_deterministic(options.deterministic)
         world = distributed.start(options.distributed.backend, options.device)
+        wake(world.device)
         with Progress(speaking=world.rank == 0) as progress:
             refine(options, folder, world, progress)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -149,11 +148,9 @@ def start(backend: str = "auto", device: str = "auto") -> World:
         backend = "nccl" if device == "cuda" else "gloo"
     _check_backend(backend, device, gpus, launch)
     here = torch.device("cuda", launch.local_rank % gpus) if device == "cuda" else torch.device("cpu")
-    if here.type == "cuda":
-        # setting a device starts it, which takes a while: the first is set, and starts while the particles are read
-        if here.index != torch.cuda.current_device():
-            torch.cuda.set_device(here)
-        threading.Thread(target=_wake, args=(here,)).start()
+    # setting a device starts it, which takes a while: the first is set, and starts with the first tensor
+    if here.type == "cuda" and here.index != torch.cuda.current_device():
+        torch.cuda.set_device(here)
     if launch.size > 1 and not dist.is_initialized():
         if backend == "mpi":
             dist.init_process_group("mpi", timeout=_PATIENCE)
@@ -187,21 +184,6 @@ def stop() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _wake(device: torch.device) -> None:
-    """Start a GPU, and what takes long at its first use: transforms, matrix products, sorting, and Triton."""
-    from torchem.ops.significant import posterior
-
-    with torch.cuda.device(device):
-        torch.view_as_real(torch.fft.rfft2(torch.ones((8, 8), device=device))).sum().item()
-        for dtype in (torch.float16, torch.float32, torch.float64):
-            some = torch.ones((2, 16, 16), dtype=dtype, device=device)
-            torch.mm(some[0], some[1])
-            torch.bmm(some, some)
-        posterior(torch.zeros(2, device=device), torch.tensor([0, 2], device=device), 0.999)
-        torch.unique(torch.zeros(2, dtype=torch.int64, device=device), return_inverse=True)
-        torch.cuda.synchronize()
 
 
 def _check_backend(backend: str, device: str, gpus: int, launch: Launch) -> None:
