@@ -107,13 +107,15 @@ class BdbStack:
             file, star, start = str(header["data_path"]).rpartition("*")
             if not star or not start.isdecimal():
                 raise InputError(
-                    f"{self.path}: image {key} has data_path {header['data_path']!r}, not FILE*OFFSET; make the virtual "
-                    "stack again"
+                    f"{self.path}: image {key} has data_path {header['data_path']!r}, not FILE*OFFSET; make the "
+                    "virtual stack again"
                 )
             return self.path.parent / file, int(start)
         size = "{nx}x{ny}x{nz}".format(**header)
         if (size, key) not in self._places:
-            raise InputError(f"{self.path}: nothing says where image {key} lies in {self.path.stem}_{size}; copy it again")
+            raise InputError(
+                f"{self.path}: nothing says where image {key} lies in {self.path.stem}_{size}; copy it again"
+            )
         offset = self._places[size, key] * 4 * int(np.prod(shape))
         return self.path.with_name(f"{self.path.stem}_{size}"), offset
 
