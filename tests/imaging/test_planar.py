@@ -44,5 +44,5 @@ def test_nothing_comes_from_beyond_the_border():
 def test_the_tolerance_tells_right_from_wrong():
     axis = np.arange(40) - 20
     points = np.stack(np.meshgrid(axis, axis), axis=-1)
-    for other in (points + [0.1, 0], points @ [[np.cos(0.02), np.sin(0.02)], [-np.sin(0.02), np.cos(0.02)]]):
+    for other in (points + np.array([0.1, 0]), points @ [[np.cos(0.02), np.sin(0.02)], [-np.sin(0.02), np.cos(0.02)]]):
         assert np.abs(draw(points) - draw(other)).max() > 0.03
