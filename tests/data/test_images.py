@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from torchem.data.eman import write_eman
 from torchem.data.images import Images
@@ -66,3 +67,24 @@ def test_what_cannot_be_aligned(tmp_path, pixels):
     write_map(tmp_path / "a.mrc", pixels[:, :7], 1.0)
     with pytest.raises(InputError, match="not square"):
         Images.open(tmp_path / "a.mrc")
+
+
+def test_batches_are_shared_not_copied(tmp_path, pixels):
+    """What is read is NumPy's, PyTorch's and by DLPack anyone's, at one address."""
+    write_eman(tmp_path / "a.hdf", pixels)
+    batch = Images.open(tmp_path / "a.hdf").read([0, 1])
+    tensor = torch.from_numpy(batch)
+    assert tensor.data_ptr() == torch.from_dlpack(batch).data_ptr() == np.from_dlpack(tensor).ctypes.data
+    batch[0, 0, 0] = 7
+    assert tensor[0, 0, 0] == 7 == np.asarray(tensor)[0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_too(pixels):
+    tensor = torch.from_numpy(pixels).cuda()
+    assert tensor.__cuda_array_interface__["data"][0] == tensor.data_ptr()
+    cupy = pytest.importorskip("cupy")
+    for shared in (cupy.asarray(tensor), cupy.from_dlpack(tensor)):
+        assert shared.data.ptr == tensor.data_ptr()
+        assert torch.as_tensor(shared).data_ptr() == tensor.data_ptr()
