@@ -137,6 +137,16 @@ def test_broken_files_are_named(tmp_path):
     path.write_bytes(b"no HDF5 at all")
     with pytest.raises(InputError, match=r"a\.hdf cannot be read as HDF5"):
         EmanStack(path)
+    path.write_bytes(MADE_BY_C.read_bytes()[:-2000])
+    with pytest.raises(InputError, match=r"a\.hdf cannot be read as HDF5 .*truncated"):
+        EmanStack(path)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("MDF/images/0/image", data=np.ones((64, 64), np.float32), compression="gzip")
+        place, length = file["MDF/images/0/image"].id.get_chunk_info(0)[2:]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + bytes(length) + whole[place + length :])
+    with pytest.raises(InputError, match=r"a\.hdf: image 0 cannot be read"):
+        EmanStack(path).read([0])
     with h5py.File(path, "w") as file:
         file["images"] = [1]
     with pytest.raises(InputError, match="no EMAN2 stack"):

@@ -82,7 +82,7 @@ class EmanStack:
             index = int(indices[row])
             dataset = self._dataset(index)
             self._check_shape(index, dataset.shape)
-            dataset.read(h5s.ALL, h5s.ALL, images[row].reshape(dataset.shape))
+            self._read(dataset, index, images[row].reshape(dataset.shape))
             if dataset.get_type().get_class() == h5t.INTEGER:
                 _restore_range(images[row], self.header(index))
         return images
@@ -91,7 +91,7 @@ class EmanStack:
         """One image as it lies in the file, in its own type: for a copy that is true to the byte."""
         dataset = self._dataset(index)
         pixels = np.empty(dataset.shape, dataset.dtype)
-        dataset.read(h5s.ALL, h5s.ALL, pixels)
+        self._read(dataset, index, pixels)
         return pixels
 
     def header(self, index: int) -> Header:
@@ -123,6 +123,12 @@ class EmanStack:
             return h5d.open(self._images, b"%d/image" % index)
         except KeyError:
             raise self._missing(index) from None
+
+    def _read(self, dataset: h5d.DatasetID, index: int, pixels: np.ndarray) -> None:
+        try:
+            dataset.read(h5s.ALL, h5s.ALL, pixels)
+        except OSError as error:
+            raise InputError(f"{self.path}: image {index} cannot be read ({error}); copy the file again") from error
 
     def _missing(self, index: int) -> InputError:
         return InputError(
