@@ -3,6 +3,9 @@
 import base64
 import io
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -14,6 +17,7 @@ from torchem import explore
 from torchem.data.eman import write_eman
 from torchem.data.images import Images
 
+ROOT = Path(__file__).resolve().parents[2]
 N, CLASSES, BOX = 60, 4, 70
 
 
@@ -114,6 +118,41 @@ def test_occupancy_and_attraction(history):
     # 12 of the 30 images that were not in class 0 came to it
     np.testing.assert_allclose(table.loc[2, "attraction"], [12 / 30, 0, 0, 0])
     assert explore.occupancy(history.drop(columns="joined"))["attraction"].isna().all()
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_history_of_one_class_and_of_one_iteration(iterations):
+    rows = pd.DataFrame({"iteration": np.arange(iterations) + 1, "class_id": 0, "members": 50, "peak": 0.3})
+    (axis,) = explore.class_history(rows).axes
+    assert axis.lines[0].get_ydata().tolist() == [0.3] * iterations
+    two = pd.concat([rows, rows.assign(class_id=1)])
+    shown = explore.class_history(two).axes
+    np.testing.assert_array_equal(shown[0].images[0].get_array(), np.full((2, iterations), 0.5))
+
+
+def test_class_counts(parameters):
+    first = parameters.assign(class_id=[0] * 30 + [1] * 30, peak=0.5)
+    second = first.assign(class_id=[0] * 20 + [1] * 25 + [0] * 15, peak=np.arange(60.0))
+    rows = pd.concat([explore.class_counts(1, first, None, 3), explore.class_counts(2, second, first, 3)])
+    assert rows[["iteration", "class_id", "members", "joined"]].to_numpy().tolist() == [
+        [1, 0, 30, 0], [1, 1, 30, 0], [1, 2, 0, 0], [2, 0, 35, 15], [2, 1, 25, 10], [2, 2, 0, 0],
+    ]  # fmt: skip
+    np.testing.assert_allclose(rows["peak"][:2].iloc[0], 0.5)
+    np.testing.assert_allclose(rows["peak"].iloc[4], np.arange(20, 45).mean())
+    assert np.isnan(rows["peak"].iloc[2])
+    table = explore.occupancy(rows).set_index(["iteration", "class_id"])
+    np.testing.assert_allclose(table.loc[2, "attraction"], [15 / 30, 10 / 30, 0])
+    # an empty class's peak does not spoil the mean over all
+    line = explore.class_history(rows).axes[3].lines[0]
+    np.testing.assert_allclose(line.get_ydata(), [0.5, 29.5])
+
+
+def test_names_are_loaded_on_first_use():
+    code = "import sys, torchem.explore; print([m for m in ('torch', 'matplotlib', 'pandas') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        explore.nothing  # noqa: B018
 
 
 def test_gallery_is_sorted_and_bounded():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchem.explore.embedding import TwoStageReduction, tsne, two_stage_reduction
     from torchem.explore.figures import (
+        class_counts,
         class_histogram,
         class_history,
         embedding_figure,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TwoStageReduction",
+    "class_counts",
     "class_histogram",
     "class_history",
     "embedding_figure",

@@ -1,8 +1,7 @@
 """Figures of an alignment, each a matplotlib `Figure` that a notebook shows and `savefig` writes.
 
-Parameters come as `torchem.data.alignment.COLUMNS`; histories as one row an iteration and class: ``iteration``,
-``class_id``, ``members`` and, where known, ``joined`` (images that were in another class an iteration before) and
-``peak`` (mean of the members).
+Parameters come as `torchem.data.alignment.COLUMNS`, histories as `class_counts` of every iteration, one after the
+other.
 """
 
 from collections.abc import Mapping
@@ -109,6 +108,37 @@ def class_histogram(parameters: pd.DataFrame, n_classes: int | None = None) -> F
     return figure
 
 
+def class_counts(
+    iteration: int, parameters: pd.DataFrame, before: pd.DataFrame | None = None, n_classes: int | None = None
+) -> pd.DataFrame:
+    """What a history keeps of an iteration, one row a class.
+
+    Parameters
+    ----------
+    parameters, before
+        those of this iteration, and of the one before where there is one.
+
+    Returns
+    -------
+    Columns ``iteration``, ``class_id``, ``members``, ``joined`` (members that were in another class before, 0 in the
+    first iteration) and, if ``parameters`` has it, ``peak`` (mean of the members, NaN without any).
+    """
+    class_id = parameters["class_id"].to_numpy(np.int64)
+    n_classes = n_classes or int(class_id.max(initial=0)) + 1
+    members = np.bincount(class_id, minlength=n_classes)
+    moved = np.zeros(0, np.int64) if before is None else class_id[class_id != before["class_id"].to_numpy(np.int64)]
+    rows = {
+        "iteration": np.full(n_classes, iteration),
+        "class_id": np.arange(n_classes),
+        "members": members,
+        "joined": np.bincount(moved, minlength=n_classes),
+    }
+    if "peak" in parameters:
+        total = np.bincount(class_id, parameters["peak"].to_numpy(np.float64), n_classes)
+        rows["peak"] = np.where(members > 0, total / np.maximum(members, 1), np.nan)
+    return pd.DataFrame(rows)
+
+
 def occupancy(history: pd.DataFrame) -> pd.DataFrame:
     """Occupancy and attraction of every class by iteration.
 
@@ -130,37 +160,46 @@ def occupancy(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def class_history(history: pd.DataFrame) -> Figure:
-    """Occupancy and attraction of the classes by iteration, smallest and largest class, and the mean peak."""
+    """Occupancy and attraction of the classes by iteration, smallest and largest class, and the mean peak.
+
+    Of one class, as in reference-free alignment, the mean peak is all there is to show.
+    """
     table = occupancy(history)
+    by_iteration = table.groupby("iteration")
+    one = table["class_id"].nunique() == 1
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 6), layout="constrained")
-        (share, drawn), (spread, score) = figure.subplots(2, 2)
-        for axis, column, title in (
-            (share, "occupancy", "occupancy (share of all images)"),
-            (drawn, "attraction", "attraction (share of the others' images that came)"),
-        ):
-            plane = table.pivot(index="class_id", columns="iteration", values=column)
-            if plane.notna().to_numpy().any():
-                iterations, classes = plane.columns.to_numpy(float), plane.index.to_numpy(float)
-                image = axis.pcolormesh(iterations, classes, plane.to_numpy(float), cmap="viridis", shading="nearest")
-                figure.colorbar(image, ax=axis)
-            else:
-                axis.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=axis.transAxes, color="0.5")
-            axis.set(title=title, xlabel="iteration", ylabel="class")
-        by_iteration = table.groupby("iteration")
-        sizes = by_iteration["members"].agg(["min", "mean", "max"])
-        spread.fill_between(sizes.index, sizes["min"], sizes["max"], alpha=0.3)
-        spread.plot(sizes.index, sizes["mean"])
-        spread.set(title="smallest, mean and largest class", xlabel="iteration", ylabel="images")
+        figure = Figure(figsize=(5, 3) if one else (10, 6), layout="constrained")
+        axes: list[Axes] = figure.subplots(1 if one else 2, 1 if one else 2, squeeze=False).ravel().tolist()
+        score = axes[-1]
         if "peak" in table:
             weighted = (table["peak"] * table["members"]).groupby(table["iteration"]).sum()
             score.plot(weighted.index, weighted / by_iteration["members"].sum(), "o-", markersize=4)
         score.set(title="mean peak", xlabel="iteration", ylabel="peak")
-        for axis in (share, drawn, spread, score):
+        if not one:
+            _plane(axes[0], table, "occupancy", "occupancy (share of all images)")
+            _plane(axes[1], table, "attraction", "attraction (share of the others' images that came)")
+            sizes = by_iteration["members"].agg(["min", "mean", "max"])
+            axes[2].fill_between(sizes.index, sizes["min"], sizes["max"], alpha=0.3)
+            axes[2].plot(sizes.index, sizes["mean"], "o-", markersize=4)
+            axes[2].set(title="smallest, mean and largest class", xlabel="iteration", ylabel="images")
+        for axis in axes:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for axis in (share, drawn):
-            axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def _plane(axis: Axes, table: pd.DataFrame, column: str, title: str) -> None:
+    """A column of the history as a picture, classes over iterations."""
+    plane = table.pivot(index="class_id", columns="iteration", values=column)
+    axis.set(title=title, xlabel="iteration", ylabel="class")
+    if not plane.notna().to_numpy().any():
+        axis.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=axis.transAxes, color="0.5")
+        return
+    extent = (plane.columns[0] - 0.5, plane.columns[-1] + 0.5, plane.index[0] - 0.5, plane.index[-1] + 0.5)
+    image = axis.imshow(
+        plane.to_numpy(float), cmap="viridis", aspect="auto", origin="lower", extent=extent, interpolation="nearest"
+    )
+    axis.figure.colorbar(image, ax=axis)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def embedding_figure(points: Mapping[str, np.ndarray], class_id: np.ndarray) -> Figure:
@@ -170,7 +209,7 @@ def embedding_figure(points: Mapping[str, np.ndarray], class_id: np.ndarray) -> 
     named = int(class_id.max(initial=0)) < _NAMED_CLASSES
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5 * columns, 4.2 * rows), layout="constrained")
-        axes: list[Axes] = list(np.ravel(figure.subplots(rows, columns)))
+        axes: list[Axes] = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
         for axis, (name, values) in zip(axes, points.items(), strict=False):
             dots = axis.scatter(
                 values[:, 0], values[:, 1] if values.shape[1] > 1 else np.zeros(len(values)), s=4, linewidths=0,

@@ -68,7 +68,7 @@ def write_report(
     averages
         `(k, L, L)`, of any device.
     history
-        one row an iteration and class, as `torchem.explore.figures` has it.
+        `torchem.explore.class_counts` of every iteration, one after the other.
     images
         the images in the order of ``parameters``, of which ``n_embedded``, spread over the set, are embedded before
         and after alignment; without it there is no embedding.
