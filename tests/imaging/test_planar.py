@@ -5,8 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from torchem.data.alignment import to_matrix
+from torchem.data.alignment import from_relion, to_matrix
+from torchem.data.images import Images
+from torchem.data.star import read_star, write_star
 from torchem.imaging.planar import transformed
+from torchem.imaging.simulation import NoiseOptions, SimulateOptions, simulate
 
 
 def draw(points):
@@ -46,3 +49,27 @@ def test_the_tolerance_tells_right_from_wrong():
     points = np.stack(np.meshgrid(axis, axis), axis=-1)
     for other in (points + np.array([0.1, 0]), points @ [[np.cos(0.02), np.sin(0.02)], [-np.sin(0.02), np.cos(0.02)]]):
         assert np.abs(draw(points) - draw(other)).max() > 0.03
+
+
+def test_truth_of_simulated_particles_brings_them_together(tmp_path):
+    """What the simulator calls psi and origin, RELION's, taken over as EMAN2's, aligns particles of one view."""
+    views = pd.DataFrame({"rlnAngleRot": 40.0, "rlnAngleTilt": 55.0, "rlnAnglePsi": np.linspace(-170, 170, 24)})
+    write_star(tmp_path / "views.star", {"particles": views})
+    options = SimulateOptions(
+        n_particles=24, box=48, pixel_size=5.0, symmetry="C1", orientations=str(tmp_path / "views.star"),
+        shift_sigma_px=2.0, astigmatism_angst=0, defocus_min_angst=15000, defocus_max_angst=15000,
+        noise=NoiseOptions(snr=4.0), device="cpu",
+    )  # fmt: skip
+    simulate(options, tmp_path)
+    images = Images.open(tmp_path / "particles.star")
+    stack = torch.from_numpy(images.read(range(24)))
+    parameters = from_relion(read_star(tmp_path / "truth.star")["particles"], images.pixel_size)
+
+    def sharpness(table):
+        columns = {name: torch.tensor(table[name].to_numpy()) for name in ("alpha", "sx", "sy", "mirror")}
+        return float(transformed(stack, **columns).mean(0).var())
+
+    right = sharpness(parameters)
+    assert right > 3 * sharpness(parameters.assign(alpha=-parameters["alpha"]))
+    assert right > 1.3 * sharpness(parameters.assign(sx=-parameters["sx"], sy=-parameters["sy"]))
+    assert right > 1.1 * sharpness(parameters.assign(sx=0, sy=0))
