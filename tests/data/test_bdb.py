@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +120,9 @@ def test_broken_files_are_named(folder):
         path.write_bytes(broken)
         with pytest.raises(InputError, match=r"particles\.bdb is no Berkeley DB B-tree"):
             BdbStack(f"bdb:{folder}#particles")
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dissect.database.bsd", None)
+    with pytest.raises(InputError, match=r'pip install "torchem\[bdb\]", or convert'):
+        BdbStack(f"bdb:{HERE}#particles")

@@ -1,5 +1,7 @@
 """2SDR against its definition and on images whose ranks are known; t-SNE keeps groups apart."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -88,3 +90,9 @@ def test_tsne_keeps_groups_apart():
     np.testing.assert_array_equal(points, tsne(scores, seed=1))
     nearest = np.argsort(((points[:, None] - points) ** 2).sum(-1), axis=1)[:, 1]
     assert (group[nearest] == group).all()
+
+
+def test_tsne_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(InputError, match=r'pip install "torchem\[explore\]"'):
+        tsne(np.zeros((20, 3)))
