@@ -12,6 +12,7 @@ PACKAGE = ROOT / "torchem"
 ALLOWED = {
     "benchmarks": {"em", "imaging", "data", "ops", "runtime", "errors"},
     "report": {"em", "imaging", "data", "ops", "runtime", "errors"},
+    "explore": {"imaging", "data", "ops", "runtime", "errors"},
     "em": {"imaging", "data", "ops", "runtime", "errors"},
     "imaging": {"data", "ops", "runtime", "errors"},
     "data": {"runtime", "errors"},

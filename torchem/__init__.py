@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchem.data.images import Images
     from torchem.data.particles import Particles
     from torchem.em.options import RefineOptions
     from torchem.em.reference import read_reference
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
     from torchem.errors import InputError
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Particles", "RefineOptions", "Refiner", "__version__", "read_reference"]
+__all__ = ["Images", "InputError", "Particles", "RefineOptions", "Refiner", "__version__", "read_reference"]
 
 _HOME = {
+    "Images": "torchem.data.images",
     "InputError": "torchem.errors",
     "Particles": "torchem.data.particles",
     "RefineOptions": "torchem.em.options",

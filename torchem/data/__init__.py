@@ -1,1 +1,1 @@
-"""Files: particles, STAR, MRC, RELION's and cryoSPARC's metadata, atomic models."""
+"""Files: particles, STAR, MRC, EMAN2's stacks, RELION's and cryoSPARC's metadata, alignments, atomic models."""
