@@ -127,14 +127,20 @@ def add_rows(
     return residual, figures
 
 
+def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Real values for :func:`_product` and what its result is to be multiplied by: on a GPU rounded to half precision.
+
+    Very many terms can bear it. The largest is put at 2^14, so that far below, too, half precision keeps its digits.
+    """
+    if not values.is_cuda or values.dtype != torch.float32:
+        return values, values.new_ones(())
+    unit = values.abs().amax().clamp(min=1e-30) / 2.0**14
+    return (values / unit).half(), unit
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; on a GPU of operands rounded to half precision, summed in single: very many terms can bear it."""
-    if not a.is_cuda or a.dtype != torch.float32:
-        return a @ b
-    # the largest values of both at 2^14: far below, too, half precision keeps its digits
-    units = [x.abs().amax().clamp(min=1e-30) / 2.0**14 for x in (a, b)]
-    halves = [(x / unit).half() for x, unit in zip((a, b), units, strict=True)]
-    return torch.mm(halves[0], halves[1], out_dtype=torch.float32) * units[0] * units[1]
+    """a @ b; of half precision summed and returned in single."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.float16 else a @ b
 
 
 def add_dense(
@@ -159,24 +165,29 @@ def add_dense(
     residual = torch.zeros(n_pixels, dtype=torch.float64, device=rows.device)
     figures = torch.zeros((n, 3), dtype=torch.float64, device=rows.device)
     cut = slices.cut()
-    flat_slices = torch.view_as_real(cut).flatten(1)
+    flat_slices, slice_unit = _halves(torch.view_as_real(cut).flatten(1))
     slice_power = torch.view_as_real(cut).square().sum(-1)
+    kept_halves, kept_unit = _halves(kept)
     numerators = torch.zeros((n_fine, 2 * n_pixels), dtype=kept.dtype, device=rows.device)
     denominators = torch.zeros((n_fine, n_pixels), dtype=kept.dtype, device=rows.device)
     starts = torch.searchsorted(rows, torch.arange(0, n + slab, slab, device=rows.device)).tolist()
     for number, (begin, end) in enumerate(pairwise(starts)):
         part = slice(number * slab, min((number + 1) * slab, n))
         m = part.stop - part.start
-        w = torch.zeros((m, len(phases) // j, j, n_fine // o, o), dtype=kept.dtype, device=rows.device)
-        w[rows[begin:end] - part.start, shift[begin:end], :, orientation[begin:end]] = kept[begin:end].transpose(1, 2)
-        w = w.reshape(m, len(phases), n_fine)
-        by_orientation = w.sum(1)  # (m, r·o)
-        w = w.reshape(m * len(phases), n_fine)
-        shifted = operands.numerator[part, None] * phases  # (m, t·j, p)
-        numerators += _product(w.T, torch.view_as_real(shifted).reshape(len(w), -1))
+        row, where = rows[begin:end] - part.start, orientation[begin:end]
+        w = kept_halves.new_zeros((m, len(phases) // j, j, n_fine // o, o))
+        w[row, shift[begin:end], :, where] = kept_halves[begin:end].transpose(1, 2)
+        w = w.view(m * len(phases), n_fine)
+        by_orientation = kept.new_zeros((m * (n_fine // o), o))
+        by_orientation = by_orientation.index_add_(0, row * (n_fine // o) + where, kept[begin:end].sum(2)).view(m, -1)
+        shifted = (operands.numerator[part, None] * phases).flatten(0, 1)
+        shifted, unit = _halves(torch.view_as_real(shifted).flatten(1))
+        numerators.addcmul_(_product(w.T, shifted), kept_unit * unit)
         denominators.addmm_(by_orientation.T, operands.denominator[part])
-        mean_slice = torch.view_as_complex(_product(w, flat_slices).reshape(m, len(phases), n_pixels, 2))
-        a = (operands.aligned[part, None] * phases * mean_slice.conj()).real.sum(1)
+        mean_slice = torch.view_as_complex(_product(w, flat_slices).view(m, len(phases), n_pixels, 2))
+        # Re Σ_t X_t* · mean slice, without the images at every shift
+        turned_back = mean_slice.mul_(phases.conj()).sum(1) * (kept_unit * slice_unit)
+        a = (operands.aligned[part] * turned_back.conj()).real
         b = by_orientation @ slice_power * operands.ctf2[part]
         scale = operands.scale[part, None]
         difference = scale * (scale * b - 2 * a)
