@@ -9,6 +9,9 @@
  * functions `host_*` and `cuda_*` is the same code. Python: torchem/runtime/memory.py. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <elf.h>
+#include <errno.h>
+#include <link.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -18,10 +21,11 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { RUN, ITERATION, BATCH, CHUNK, RANGES };
 enum { ALLOCATE, RELEASE, OPEN, CLOSE, MAP, UNMAP }; /* kinds of events in a trace */
-enum { ALIGNMENT = 512, CLASSES = 64, BUCKETS = 1 << 16, DEPTH = 64, TEXT = 4096 };
+enum { ALIGNMENT = 512, SMALLEST_CHUNK = 2 << 20, CLASSES = 64, BUCKETS = 1 << 16, DEPTH = 64, TEXT = 4096 };
 
 static const char *const NO_HOST_MEMORY = "no host memory is left for the books";
 static const char *const NAMES[RANGES] = {"run", "iteration", "batch", "chunk"};
@@ -40,6 +44,7 @@ typedef struct Block {
     uint64_t scope;                /* serial number of the scope it belongs to; 0: none */
     void *stream;
     uint64_t where; /* what the caller calls the place that asked for it; 0: unknown */
+    int64_t number; /* of the request that made it */
     User *users;
     int range;
     bool live;
@@ -52,7 +57,8 @@ typedef struct {
 
 typedef struct {
     RangeFigures ranges[RANGES];
-    int64_t live, mapped, peak_live, peak_mapped;
+    int64_t live, top, mapped, peak_live, peak_top, peak_mapped, peak_holes; /* of all ranges at one time */
+    int64_t waste;       /* most bytes that a scope left behind at its end, holes and survivors */
     int64_t allocations; /* requests served */
     int64_t elsewhere;   /* of them, those of other streams and threads, which went to the run range */
     int64_t survivors;   /* blocks that outlived their scope */
@@ -63,7 +69,8 @@ typedef struct {
 typedef struct {
     double seconds;
     int32_t kind, range;
-    int64_t size, top, live;
+    int64_t size, top, live; /* top and live: of the range */
+    int64_t block;           /* which one, counted from 1; 0: none */
 } Event;
 
 typedef struct {
@@ -80,6 +87,7 @@ typedef struct {
     uint64_t filled; /* bit c: there are holes of class c, sizes from 2^c to 2^(c+1) - 1 */
     uint64_t scope;  /* innermost scope open in this range */
     size_t mark;     /* where that began */
+    size_t crest;    /* highest top since the last iteration ended */
 } Range;
 
 typedef struct {
@@ -172,6 +180,7 @@ struct Arena {
 };
 
 static _Thread_local char message[TEXT];
+static _Thread_local bool in_scope; /* this thread has scopes open */
 
 /* reports */
 
@@ -221,7 +230,7 @@ static bool fail(const Arena *arena, const char *format, ...) {
     return false;
 }
 
-static void note(Arena *arena, int kind, int range, int64_t size) {
+static void note(Arena *arena, int kind, int range, int64_t size, int64_t block) {
     if (!arena->tracing) return;
     if (arena->n_events == arena->room) {
         size_t room = arena->room ? 2 * arena->room : 4096;
@@ -237,7 +246,7 @@ static void note(Arena *arena, int kind, int range, int64_t size) {
     clock_gettime(CLOCK_MONOTONIC, &now);
     const RangeFigures *is = &arena->figures.ranges[range];
     arena->events[arena->n_events++] =
-        (Event){(double)now.tv_sec + 1e-9 * (double)now.tv_nsec, kind, range, size, is->top, is->live};
+        (Event){(double)now.tv_sec + 1e-9 * (double)now.tv_nsec, kind, range, size, is->top, is->live, block};
 }
 
 static void count_peak(int64_t value, int64_t *peak) {
@@ -379,6 +388,9 @@ static const Memory CUDA = {cuda_open,  cuda_reserve, cuda_create,  cuda_map,   
 static bool prepare(Arena *arena) {
     if (arena->ready) return true;
     if (!arena->memory->open(arena)) return false;
+    /* mapping takes a time a chunk; at most about a thousand */
+    for (size_t chunk = SMALLEST_CHUNK; !arena->chunk; chunk *= 2)
+        if (2 * chunk > arena->limit / 1024) arena->chunk = chunk;
     arena->most = arena->limit / arena->chunk;
     if (!arena->most)
         return fail(arena, "a limit of %.1f MiB is less than one chunk of %.1f", mib(arena->limit), mib(arena->chunk));
@@ -403,13 +415,15 @@ static void count_mapped(Arena *arena, int r, int64_t chunks) {
     arena->figures.mapped += size;
     count_peak(is->mapped, &is->peak_mapped);
     count_peak(arena->figures.mapped, &arena->figures.peak_mapped);
-    note(arena, size > 0 ? MAP : UNMAP, r, size);
+    note(arena, size > 0 ? MAP : UNMAP, r, size, 0);
 }
 
-/* give up to `count` chunks above the top of a range back to the pool; returns how many */
-static size_t give_back(Arena *arena, int r, size_t count) {
+static size_t chunks_of(const Arena *arena, size_t size) { return (size + arena->chunk - 1) / arena->chunk; }
+
+/* give up to `count` chunks of a range that lie above `height` back to the pool; returns how many */
+static size_t give_back(Arena *arena, int r, size_t height, size_t count) {
     Range *range = &arena->ranges[r];
-    size_t idle = range->chunks - (top_of(range) + arena->chunk - 1) / arena->chunk;
+    size_t idle = range->chunks - chunks_of(arena, height);
     if (count > idle) count = idle;
     if (!count) return 0;
     arena->memory->fence(arena); /* kernels may still use what the host has freed */
@@ -430,7 +444,8 @@ static bool grow(Arena *arena, int r, size_t count) {
     }
     for (int other = RANGES - 1; other >= 0; other--)
         if (other != r && arena->spare < count)
-            arena->figures.moved += (int64_t)give_back(arena, other, count - arena->spare);
+            arena->figures.moved +=
+                (int64_t)give_back(arena, other, top_of(&arena->ranges[other]), count - arena->spare);
     if (arena->spare < count) return false;
     char *at = range->base + range->chunks * arena->chunk;
     size_t done = 0;
@@ -505,12 +520,13 @@ static void unchain(Range *range, Block *block) {
     free(block);
 }
 
-static Block *best_hole(Range *range, size_t size, uint64_t scope, void *stream) {
+/* the smallest that is large enough, of one stream or of any */
+static Block *best_hole(Range *range, size_t size, uint64_t scope, void *stream, bool any) {
     uint64_t classes = range->filled >> class_of(size) << class_of(size);
     for (; classes; classes &= classes - 1) {
         Block *best = NULL;
         for (Block *hole = range->holes[__builtin_ctzll(classes)]; hole; hole = hole->next)
-            if (hole->size >= size && hole->scope == scope && hole->stream == stream) {
+            if (hole->size >= size && hole->scope == scope && (any || hole->stream == stream)) {
                 if (!best || hole->size < best->size) best = hole;
                 if (hole->size == size) break;
             }
@@ -543,15 +559,22 @@ static void settle(Arena *arena, int r) {
 
 /* `size` more bytes live, in `blocks` more blocks, once the range has settled */
 static void count_live(Arena *arena, int r, int64_t size, int blocks) {
-    RangeFigures *is = &arena->figures.ranges[r];
+    Figures *all = &arena->figures;
+    RangeFigures *is = &all->ranges[r];
+    Range *range = &arena->ranges[r];
+    size_t top = top_of(range);
     is->live += size;
     is->blocks += blocks;
-    arena->figures.live += size;
-    is->top = (int64_t)top_of(&arena->ranges[r]);
+    all->live += size;
+    all->top += (int64_t)top - is->top;
+    is->top = (int64_t)top;
+    if (top > range->crest) range->crest = top;
     count_peak(is->live, &is->peak_live);
     count_peak(is->top, &is->peak_top);
     count_peak(is->top - is->live, &is->peak_holes);
-    count_peak(arena->figures.live, &arena->figures.peak_live);
+    count_peak(all->live, &all->peak_live);
+    count_peak(all->top, &all->peak_top);
+    count_peak(all->top - all->live, &all->peak_holes);
 }
 
 static bool is_owner(const Arena *arena) { return !arena->depth || pthread_equal(arena->owner, pthread_self()); }
@@ -567,21 +590,25 @@ static Block *allocate(Arena *arena, size_t size, void *stream) {
         return NULL;
     }
     size = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    Block *block = best_hole(range, size, scope, stream);
+    size_t end = top_of(range) + size;
+    Block *block = best_hole(range, size, scope, stream, false);
+    /* to wait for another stream's work is better than to take more memory */
+    if (!block && end > range->chunks * arena->chunk) block = best_hole(range, size, scope, stream, true);
     if (block) {
         pull_hole(range, block);
+        arena->memory->follow(arena, block->stream, stream);
         size_t rest = block->size - size;
         block->size = size;
         Block *hole = rest ? chain(range, block, rest) : NULL;
         if (hole) {
-            hole->scope = scope, hole->stream = stream, hole->range = r;
+            hole->scope = scope, hole->stream = block->stream, hole->range = r;
             push_hole(range, hole);
         } else {
             block->size += rest;
         }
     } else {
-        size_t end = top_of(range) + size, mapped = range->chunks * arena->chunk;
-        if (end > mapped && !grow(arena, r, (end - mapped + arena->chunk - 1) / arena->chunk)) {
+        size_t mapped = range->chunks * arena->chunk;
+        if (end > mapped && !grow(arena, r, chunks_of(arena, end - mapped))) {
             char why[256]; /* what the memory said, if it failed */
             snprintf(why, sizeof why, "%s%.*s", *message ? ": " : "", (int)strcspn(message, "\n"), message);
             fail(arena, "no room for %.1f MiB in the %s range%s", mib(size), NAMES[r], why);
@@ -592,22 +619,23 @@ static Block *allocate(Arena *arena, size_t size, void *stream) {
             fail(arena, NO_HOST_MEMORY);
             return NULL;
         }
-        block->scope = scope, block->stream = stream, block->range = r;
+        block->scope = scope, block->range = r;
         arena->memory->follow(arena, arena->stream, stream);
     }
+    block->stream = stream;
     block->live = true;
+    block->number = ++arena->figures.allocations;
     push(bucket(arena, block->start), block);
     count_live(arena, r, (int64_t)block->size, 1);
-    arena->figures.allocations++;
     arena->figures.elsewhere += !own;
-    note(arena, ALLOCATE, r, (int64_t)block->size);
+    note(arena, ALLOCATE, r, (int64_t)block->size, block->number);
     return block;
 }
 
 static void release(Arena *arena, Block *block) {
     int r = block->range;
     Range *range = &arena->ranges[r];
-    int64_t size = (int64_t)block->size;
+    int64_t size = (int64_t)block->size, number = block->number;
     while (block->users) {
         User *user = block->users;
         block->users = user->next;
@@ -627,7 +655,7 @@ static void release(Arena *arena, Block *block) {
     push_hole(range, block);
     settle(arena, r);
     count_live(arena, r, -size, -1);
-    note(arena, RELEASE, r, size);
+    note(arena, RELEASE, r, size, number);
 }
 
 /* end the innermost scope; what outlives it joins the scope around it in that range */
@@ -655,10 +683,14 @@ static int64_t end_scope(Arena *arena, Survivor *survivors, int64_t room) {
     settle(arena, scope.range);
     count_live(arena, scope.range, 0, 0);
     arena->figures.survivors += count;
-    note(arena, CLOSE, scope.range, 0);
-    /* between iterations, what each range needs may change */
+    count_peak(arena->figures.ranges[scope.range].top - (int64_t)scope.mark, &arena->figures.waste);
+    note(arena, CLOSE, scope.range, 0, 0);
+    /* between iterations, what none of the ranges needed in the last one serves the others in the next */
     if (scope.range == ITERATION && !range->scope)
-        for (int r = 0; r < RANGES; r++) give_back(arena, r, SIZE_MAX);
+        for (int r = 0; r < RANGES; r++) {
+            give_back(arena, r, arena->ranges[r].crest, SIZE_MAX);
+            arena->ranges[r].crest = top_of(&arena->ranges[r]);
+        }
     return count;
 }
 
@@ -666,7 +698,8 @@ static int64_t end_scope(Arena *arena, Survivor *survivors, int64_t room) {
 
 const char *stack_error(void) { return message; }
 
-/* driver: file name of CUDA's driver library, NULL for host memory; limit: bytes, 0: all that the device has */
+/* driver: file name of CUDA's driver library, NULL for host memory; limit: bytes, 0: all that the device has;
+ * chunk: bytes, 0: what suits the limit */
 Arena *stack_new(const char *driver, int device, size_t limit, size_t chunk) {
     Arena *arena = calloc(1, sizeof *arena);
     if (!arena) return NULL;
@@ -690,7 +723,7 @@ void stack_delete(Arena *arena) {
             }
             unchain(range, range->last);
         }
-        give_back(arena, r, SIZE_MAX);
+        if (range->chunks) give_back(arena, r, 0, SIZE_MAX);
         if (range->base) arena->memory->discard(arena, range->base, arena->most * arena->chunk);
         free(range->handles);
     }
@@ -705,8 +738,9 @@ void stack_delete(Arena *arena) {
 void *stack_allocate(Arena *arena, size_t size, int device, void *stream) {
     message[0] = 0;
     if (!size) return NULL;
-    /* before the lock: it takes Python's own lock, which is always taken first */
-    uint64_t where = arena->where ? arena->where() : 0;
+    /* before the lock: it takes Python's own lock, which is always taken first; and only in the thread that opens
+     * scopes: others may be what a holder of Python's lock waits for */
+    uint64_t where = arena->where && in_scope ? arena->where() : 0;
     pthread_mutex_lock(&arena->lock);
     Block *block = NULL;
     if (device != arena->device) fail(arena, "memory asked for on device %d; this is device %d", device, arena->device);
@@ -757,12 +791,13 @@ int stack_open(Arena *arena, int range) {
         done = true;
         Range *in = &arena->ranges[range];
         arena->owner = pthread_self();
+        in_scope = true;
         arena->scopes[arena->depth++] =
             (Scope){range, arena->place, ++arena->serial, in->scope, top_of(in), in->mark};
         in->scope = arena->serial;
         in->mark = top_of(in);
         arena->place = range;
-        note(arena, OPEN, range, 0);
+        note(arena, OPEN, range, 0, 0);
     }
     pthread_mutex_unlock(&arena->lock);
     return done ? 0 : -1;
@@ -773,9 +808,19 @@ int64_t stack_close(Arena *arena, Survivor *survivors, int64_t room) {
     pthread_mutex_lock(&arena->lock);
     bool may = arena->depth && is_owner(arena);
     int64_t count = may ? end_scope(arena, survivors, room) : -1;
+    if (may) in_scope = arena->depth > 0;
     if (!may) fail(arena, "no scope of this thread is open");
     pthread_mutex_unlock(&arena->lock);
     return count;
+}
+
+/* which range a block is in; -1: it is none of this arena's */
+int stack_range(Arena *arena, void *start) {
+    pthread_mutex_lock(&arena->lock);
+    Block *block = find(arena, start);
+    int range = block ? block->range : -1;
+    pthread_mutex_unlock(&arena->lock);
+    return range;
 }
 
 /* from now on requests go to another range, whose innermost scope must be open; returns the range before */
@@ -855,4 +900,70 @@ void torch_free(void *start, size_t size, int device, void *stream) {
 
 void torch_record_stream(void *start, void *stream) {
     if (start && stack_record(served, start, stream)) throw_error();
+}
+
+/* On a CPU PyTorch has no such interface: its library libc10 asks the C library. Its requests are taken over where the
+ * loader keeps the addresses of what it calls. */
+
+static int host_memalign(void **start, size_t alignment, size_t size) {
+    if (alignment > ALIGNMENT || !size) return posix_memalign(start, alignment, size);
+    *start = stack_allocate(served, size, served->device, NULL);
+    if (!*start) throw_error();
+    return 0;
+}
+
+static void host_free(void *start) {
+    char *at = start;
+    size_t room = served->most * served->chunk;
+    for (int r = 0; r < RANGES; r++)
+        if (served->ranges[r].base && at >= served->ranges[r].base && at < served->ranges[r].base + room) {
+            torch_free(start, 0, 0, NULL);
+            return;
+        }
+    free(start);
+}
+
+static int take_over(struct dl_phdr_info *library, size_t size, void *changed) {
+    (void)size;
+    const char *name = strrchr(library->dlpi_name, '/');
+    if (!name || strcmp(name, "/libc10.so")) return 0;
+    const ElfW(Dyn) *entry = NULL;
+    for (int i = 0; i < library->dlpi_phnum; i++)
+        if (library->dlpi_phdr[i].p_type == PT_DYNAMIC)
+            entry = (const ElfW(Dyn) *)(library->dlpi_addr + library->dlpi_phdr[i].p_vaddr);
+    const ElfW(Sym) *symbols = NULL;
+    const char *names = NULL;
+    const ElfW(Rela) *tables[2] = {NULL, NULL}; /* of calls, of other addresses */
+    size_t sizes[2] = {0, 0};
+    for (; entry && entry->d_tag != DT_NULL; entry++) {
+        const void *at = (const void *)entry->d_un.d_ptr;
+        if (entry->d_tag == DT_SYMTAB) symbols = at;
+        if (entry->d_tag == DT_STRTAB) names = at;
+        if (entry->d_tag == DT_JMPREL) tables[0] = at;
+        if (entry->d_tag == DT_PLTRELSZ) sizes[0] = entry->d_un.d_val / sizeof(ElfW(Rela));
+        if (entry->d_tag == DT_RELA) tables[1] = at;
+        if (entry->d_tag == DT_RELASZ) sizes[1] = entry->d_un.d_val / sizeof(ElfW(Rela));
+    }
+    if (!symbols || !names) return 0;
+    for (int t = 0; t < 2; t++)
+        for (size_t i = 0; tables[t] && i < sizes[t]; i++) {
+            const char *called = names + symbols[ELF64_R_SYM(tables[t][i].r_info)].st_name;
+            bool asks = !strcmp(called, "posix_memalign");
+            if (!asks && strcmp(called, "free")) continue;
+            char *slot = (char *)library->dlpi_addr + tables[t][i].r_offset;
+            size_t page = (size_t)sysconf(_SC_PAGESIZE);
+            char *first = slot - (uintptr_t)slot % page;
+            if (mprotect(first, (size_t)(slot - first) + sizeof(void *), PROT_READ | PROT_WRITE)) continue;
+            *(void **)slot = asks ? (void *)(uintptr_t)host_memalign : (void *)(uintptr_t)host_free;
+            *(int *)changed |= asks ? 1 : 2;
+        }
+    return 1;
+}
+
+/* serve PyTorch's requests for host memory, too; -1 where this libc10 makes them in another way */
+int stack_serve_host(Arena *arena) {
+    int changed = 0;
+    served = arena;
+    dl_iterate_phdr(take_over, &changed);
+    return changed == 3 ? 0 : -1;
 }

@@ -37,6 +37,7 @@ from torchem.runtime.run_folder import RunState
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from torchem.data.particles import Particles
     from torchem.em.refiner import Iteration
@@ -100,14 +101,22 @@ _INTERRUPTED = "the same command again goes on after the last whole iteration"
 @hydra.main(version_base="1.3", config_path="pkg://torchem.configs", config_name="refine")
 def _command(config: DictConfig) -> None:
     with telling(_INTERRUPTED):
-        from torchem.runtime import distributed
+        from torchem.runtime import distributed, memory
 
         options = to_options(RefineOptions, OmegaConf.to_container(config, resolve=True))
         folder = Path(HydraConfig.get().runtime.output_dir)
         # RELION's files name each other as seen from the project's folder
         folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         distributed.be_deterministic(options.deterministic)
-        world = distributed.start(options.distributed.backend, options.device)
+        wanted = options.memory
+        wanted.check()
+
+        def install(device: torch.device) -> None:
+            memory.install(
+                device, wanted.allocator, limit=wanted.limit_bytes(), strict=wanted.strict, trace=wanted.trace
+            )
+
+        world = distributed.start(options.distributed.backend, options.device, install)
         wake(world.device)
         with Progress(speaking=world.rank == 0) as progress:
             refine(options, folder, world, progress)

@@ -24,6 +24,7 @@ from torchem.ops.pairs import score_pairs
 from torchem.ops.significant import Posterior, first_best, posterior, row_logsumexp, significant_of_rows
 from torchem.ops.slices import Slices
 from torchem.ops.squared_difference import Projections, choose_precision, log_weights, prepare_projections
+from torchem.runtime import memory
 
 # shells whose data-vs-prior ratio exceeds this take part in the scale correction
 SCALE_MINIMUM_DATA_VS_PRIOR = 3.0
@@ -151,17 +152,27 @@ class Expectation:
         """
         inverse_sigma2 = self._inverse_sigma2(batch, optics_group)
         scale = self.model.scale[group].to(self.dtype)[:, None]
-        samples = self._coarse_pass(batch, inverse_sigma2, scale, last_euler)
+        with memory.scope("chunk"):
+            samples = memory.keep(self._coarse_pass(batch, inverse_sigma2, scale, last_euler), "batch")
         results = []
         for part in self._parts(samples):
-            some, mine = batch[part], samples[part]
-            weights, found = self._fine_pass(some, inverse_sigma2, scale[part], mine)
-            results.append(self._accumulate(
-                some, optics_group, group[part], norm_correction[part], inverse_sigma2, scale[part], mine, weights,
-                found,
-            ))  # fmt: skip
+            with memory.scope("chunk"):
+                results.append(memory.keep(self._fine_part(
+                    batch[part], optics_group, group[part], norm_correction[part], inverse_sigma2, scale[part],
+                    samples[part],
+                ), "batch"))  # fmt: skip
         return BatchResult(
             *(torch.cat(values) for values in zip(*(vars(r).values() for r in results), strict=True))
+        )
+
+    def _fine_part(
+        self, batch: ImageBatch, optics_group: int, group: Tensor, norm_correction: Tensor, inverse_sigma2: Tensor,
+        scale: Tensor, samples: Samples,
+    ) -> BatchResult:  # fmt: skip
+        """Fine pass and sums of particles whose weights may be held at once."""
+        weights, found = self._fine_pass(batch, inverse_sigma2, scale, samples)
+        return self._accumulate(
+            batch, optics_group, group, norm_correction, inverse_sigma2, scale, samples, weights, found
         )
 
     def _parts(self, samples: Samples) -> Iterator[slice]:
@@ -235,7 +246,10 @@ class Expectation:
             slices = self.references.slices(
                 batch.geometry, everything, n_pixels, fine=False, r_max=self.settings.coarse_size // 2
             )
-            self._coarse_projections[key] = self._projections(slices, inverse_sigma2, weights)
+            # they serve all batches
+            self._coarse_projections[key] = memory.keep(
+                self._projections(slices, inverse_sigma2, weights), "iteration"
+            )
         projections = self._coarse_projections[key]
         prior = None if self.settings.cross_correlation else self._orientation_log_prior()
         for slab in torch.arange(len(batch), device=images.device).split(

@@ -78,6 +78,44 @@ class DistributedOptions:
 
 
 @dataclass
+class MemoryOptions:
+    """Where tensors' memory comes from, and how much of it there is; for the commands."""
+
+    allocator: str = "torch"  # torch: PyTorch's own; stack: one range a lifetime, empty at its end
+    limit: str | None = None  # of all tensors of a process, such as 8GiB; all that the device has if not given
+    strict: bool = False  # stack: raise for what outlives its scope, and say where it was made
+    trace: bool = False  # stack: write every event to memory.csv, and memory.png
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises
+        ------
+        InputError
+            Option, value, remedy.
+        """
+        if self.allocator not in ("torch", "stack"):
+            raise InputError(f"memory.allocator={self.allocator}: must be one of torch, stack")
+        for option in ("strict", "trace"):
+            if getattr(self, option) and self.allocator != "stack":
+                raise InputError(f"memory.{option}=true: needs memory.allocator=stack")
+        self.limit_bytes()
+
+    def limit_bytes(self) -> int:
+        """The limit; 0 if there is none."""
+        if self.limit is None:
+            return 0
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", self.limit.strip(), re.IGNORECASE)
+        size = 0
+        if match:
+            base = 1024 if match[3] else 1000
+            size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+        if size < 64 << 20:
+            raise InputError(f"memory.limit={self.limit}: must be a size of at least 64MiB, such as 8GiB or 500MB")
+        return size
+
+
+@dataclass
 class RefineOptions:
     """Every setting of a gold-standard 3D refinement."""
 
@@ -96,6 +134,7 @@ class RefineOptions:
     precision: str = "single"  # single, double
     deterministic: bool = False
     distributed: DistributedOptions = field(default_factory=DistributedOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
     resume: str = "auto"  # auto, never, or the folder of the run to go on from
     run_name: str = "run"
 
@@ -166,6 +205,10 @@ class RefineOptions:
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or a positive integer")
         one_of("device", self.device, "auto", "cpu", "cuda")
         one_of("precision", self.precision, "single", "double")
+        try:
+            self.memory.check()
+        except InputError as error:
+            problems.append(str(error))
         one_of("distributed.backend", self.distributed.backend, "auto", "nccl", "gloo", "mpi")
         require(
             not self.solvent_correct_fsc or r.mask is not None, "solvent_correct_fsc", True,

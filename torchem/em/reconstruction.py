@@ -21,6 +21,7 @@ from torchem.imaging.projection import (
     volume_radius2,
     volume_shape,
 )
+from torchem.runtime import memory
 
 # no prior below this shell: the lowest frequencies are trusted as they are
 FIRST_REGULARISED_SHELL = 5
@@ -53,7 +54,7 @@ class Voxels:
         radius2 = volume_radius2(volume_shape(r_max, padding, ndim), device).flatten()
         inside = torch.nonzero(radius2 <= (padding * r_max) ** 2)[:, 0]
         radius2, order = radius2[inside].sort(stable=True)
-        return Voxels(r_max, inside[order], radius2.double().sqrt() / padding)
+        return memory.keep(Voxels(r_max, inside[order], radius2.double().sqrt() / padding), "run")
 
     def nearest(self) -> Tensor:
         """`(v,)` int64: the shell that each is nearest to."""

@@ -7,6 +7,7 @@ from torchem.em.images import ImageGeometry
 from torchem.em.sampling import Grid
 from torchem.imaging.projection import fourier_volume
 from torchem.ops.slices import Slices
+from torchem.runtime import memory
 
 
 class References:
@@ -22,7 +23,8 @@ class References:
 
     def __init__(self, maps: Tensor, grid: Grid, r_max: int, padding: int) -> None:
         self.grid, self.r_max, self.padding, self.dtype = grid, r_max, padding, maps.dtype
-        self.volumes = torch.stack([fourier_volume(m, r_max, padding) for m in maps])
+        with memory.scope("chunk"):
+            self.volumes = memory.keep(torch.stack([fourier_volume(m, r_max, padding) for m in maps]), "iteration")
 
     def slices(
         self, geometry: ImageGeometry, orientations: Tensor, n_pixels: int, fine: bool, r_max: int | None = None

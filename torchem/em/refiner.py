@@ -25,7 +25,7 @@ from torchem.em.model import Model, Poses
 from torchem.em.options import RefineOptions
 from torchem.em.output import Output, load_checkpoint
 from torchem.em.plan import make_plan
-from torchem.em.sampling import Grid
+from torchem.em.sampling import Grid, Sampling
 from torchem.em.start import initial_state, low_pass
 from torchem.em.sums import Sums
 from torchem.errors import InputError
@@ -33,6 +33,7 @@ from torchem.imaging.fourier import FourierPixels, round_half_away
 from torchem.imaging.masks import soft_sphere
 from torchem.imaging.resolution import raised_cosine_lowpass, resolution_at
 from torchem.imaging.symmetry import euler_angles, operators
+from torchem.runtime import memory
 from torchem.runtime.distributed import World, be_deterministic
 
 log = logging.getLogger(__name__)
@@ -86,14 +87,18 @@ class Refiner:
         called with (done, total) particles of this process as an iteration goes on.
     """
 
+    joined: Joined | None  # of both halves, after the last iteration
+
     def __init__(
         self, options: RefineOptions, particles: Particles, reference: np.ndarray, mask: np.ndarray | None = None, *,
         folder: Path | str | None = None, world: World | None = None, simulated: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         self._set_up(options, particles, mask, folder, world, simulated, progress)
-        start = torch.tensor(reference, dtype=self.dtype, device=self.device)
-        self.state = initial_state(options, particles, self.images, start, self.diameter)
+        with memory.scope("chunk"):
+            start = torch.tensor(reference, dtype=self.dtype, device=self.device)
+            self.state = memory.keep(initial_state(options, particles, self.images, start, self.diameter), "run")
+            del start
         self.grid = Grid(self.state.sampling, self.device)
         self._write()
 
@@ -123,30 +128,9 @@ class Refiner:
     def step(self) -> Iteration:
         """One iteration: schedule, E-step of both halves, M-step, files."""
         started = time.perf_counter()
-        state, options = self.state, self.options
-        state.iteration += 1
-        cross_correlation = state.iteration == 1 and not options.reference.absolute_greyscale
-
-        # what this iteration does
-        state.converged = schedule.has_converged(state)
-        known = options.reference.ini_high if state.iteration == 1 else state.current_resolution
-        schedule.image_sizes(state, self.box, self.pixel_size, self.diameter, known)
-        state.sampling.perturb_again(state.generator)
-        if state.iteration > 1:
-            self._estimate_accuracy()
-            schedule.update_sampling(state, options.sampling.local_healpix_order)
-        if self.grid.sampling is not state.sampling:
-            self.grid = Grid(state.sampling, self.device)
-        for half in state.halves:
-            if half.pdf_direction.shape[1] != self.grid.n_directions:
-                half.spread_directions(self.grid.n_directions)
-
-        # where every particle looks, and what each half then is
-        old_euler, old_offsets = state.poses.euler.clone(), state.poses.offset_angst.clone()
-        sums = self._expectation(cross_correlation)
-        self._maximization(sums, cross_correlation)
-        schedule.update_changes(state, old_euler, old_offsets, self.operators.cpu())
-
+        with memory.scope("iteration"):
+            self._iterate()
+            state = memory.keep(self.state, "run")
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
@@ -171,6 +155,36 @@ class Refiner:
             maps=[model.references[0] for model in ([self.joined.model] if self.joined else state.halves)],
         )
 
+    def _iterate(self) -> None:
+        """All of an iteration but its files."""
+        state, options = self.state, self.options
+        state.iteration += 1
+        cross_correlation = state.iteration == 1 and not options.reference.absolute_greyscale
+
+        # what this iteration does
+        state.converged = schedule.has_converged(state)
+        known = options.reference.ini_high if state.iteration == 1 else state.current_resolution
+        schedule.image_sizes(state, self.box, self.pixel_size, self.diameter, known)
+        state.sampling.perturb_again(state.generator)
+        if state.iteration > 1:
+            with memory.scope("chunk"):
+                self._estimate_accuracy()
+            schedule.update_sampling(state, options.sampling.local_healpix_order)
+        if self.grid.sampling is not state.sampling:
+            with memory.place("run"):
+                self.grid = Grid(state.sampling, self.device)
+        for half in state.halves:
+            if half.pdf_direction.shape[1] != self.grid.n_directions:
+                half.spread_directions(self.grid.n_directions)
+
+        # where every particle looks, and what each half then is
+        old_euler, old_offsets = state.poses.euler.clone(), state.poses.offset_angst.clone()
+        sums = self._expectation(cross_correlation)
+        with memory.scope("chunk"):
+            self.joined = memory.keep(self._maximization(sums, cross_correlation), "run")
+            memory.keep(state.halves, "run")
+        schedule.update_changes(state, old_euler, old_offsets, self.operators.cpu())
+
     # start
 
     def _set_up(
@@ -185,6 +199,7 @@ class Refiner:
         self.device = self.world.device
         self.dtype = torch.float64 if options.precision == "double" else torch.float32
         be_deterministic(options.deterministic)
+        memory.warm_up(self.device)
         self.optics = particles.optics
         self.box, self.pixel_size = self.optics[0].box, self.optics[0].pixel_size
         self.operators = torch.from_numpy(operators(options.dataset.symmetry or "C1")).to(self.device)
@@ -199,12 +214,26 @@ class Refiner:
         self.ctf_parameters = torch.tensor(particles.ctf_parameters) if options.ctf else None
         # dealt one by one, so that every rank has its share of each half and each micrograph
         self.mine = torch.arange(self.world.rank, len(particles), self.world.size)
-        self.plan = make_plan(len(self.mine), max(o.box for o in self.optics), self.device, self.dtype)
+        self.plan = make_plan(
+            len(self.mine), max(o.box for o in self.optics), self.device, self.dtype, map_box=self.box,
+            table=self._largest_table(), noise=not options.zero_mask, limit=options.memory.limit_bytes(),
+        )  # fmt: skip
         log.info("plan: %s", self.plan)
         self.images = ParticleImages(particles, self.dtype, self.device, self.plan.keep_images)
-        self.joined: Joined | None = None
+        self.joined = None
         self.output = Output(Path(folder), particles, options, simulated) if folder is not None else None
         self.progress = progress
+
+    def _largest_table(self) -> int:
+        """Complex values in all coarse slices of a global search, at the finest grid there will be one."""
+        s, step = self.options.sampling, self.options.sampling.offset_step
+        sizes = []
+        for order in range(s.healpix_order, max(s.healpix_order + 1, s.local_healpix_order)):
+            sampling = Sampling(self.options.dataset.symmetry or "C1", s.offset_range, step, healpix_order=order)
+            size = schedule.coarse_size(sampling, self.box, self.pixel_size, self.diameter, self.box)
+            orientations = 72 * 8**order // len(self.operators)
+            sizes.append(orientations * FourierPixels.of(self.box, self.device).count(size))
+        return max(sizes)
 
     # expectation
 
@@ -230,7 +259,8 @@ class Refiner:
                 parts = members.split(self.plan.batch_particles)
                 for part, (images, indices) in zip(parts, self.images.batches(parts), strict=True):
                     if len(indices):
-                        self._batch(expectation, half, group, geometry, images, indices, found, done)
+                        with memory.scope("batch"):
+                            self._batch(expectation, half, group, geometry, images, indices, found, done)
                     if self.progress is not None:
                         finished += len(part)
                         self.progress(finished, len(self.mine))
@@ -253,13 +283,14 @@ class Refiner:
         """Run the E-step on one batch and note what was found for its particles."""
         options, poses = self.options, self.state.poses
         norm = poses.norm_correction[indices].to(self.device)
-        batch = prepare_images(
-            images, indices.to(self.device), geometry,
-            None if self.ctf_parameters is None else self.ctf_parameters[indices].to(self.device),
-            half.norm_average / norm if options.norm else torch.ones_like(norm),
-            poses.offset_angst[indices].to(self.device), self.diameter,
-            None if options.zero_mask else half.sigma2_noise[group], options.seed + self.state.iteration,
-        )  # fmt: skip
+        with memory.scope("chunk"):
+            batch = memory.keep(prepare_images(
+                images, indices.to(self.device), geometry,
+                None if self.ctf_parameters is None else self.ctf_parameters[indices].to(self.device),
+                half.norm_average / norm if options.norm else torch.ones_like(norm),
+                poses.offset_angst[indices].to(self.device), self.diameter,
+                None if options.zero_mask else half.sigma2_noise[group], options.seed + self.state.iteration,
+            ), "batch")  # fmt: skip
         result = expectation(
             batch, group, self.group[indices].to(self.device), norm, poses.euler[indices].to(self.device)
         )
@@ -274,12 +305,12 @@ class Refiner:
 
     # maximization
 
-    def _maximization(self, sums: list[Sums], cross_correlation: bool) -> None:
+    def _maximization(self, sums: list[Sums], cross_correlation: bool) -> Joined | None:
         """New maps, spectra and parameters of both halves; in the last iteration also their joined map."""
         state, options = self.state, self.options
         width, join = self.box * self.pixel_size, options.sampling.low_resol_join_halves
         known = options.reference.ini_high if state.iteration == 1 else state.current_resolution
-        self.joined = update_halves(
+        joined = update_halves(
             state.halves, sums, self.operators, PADDING, tau2_fudge=options.tau2_fudge,
             join_shell=width / max(join, known) if join > 0 else None,
             mask=self.mask if options.solvent_correct_fsc else None,
@@ -297,12 +328,13 @@ class Refiner:
             self._filter_again()
             shell = round_half_away(width / options.reference.ini_high)
         else:
-            shell = schedule.resolution_shell((self.joined.model if self.joined else first).data_vs_prior)
+            shell = schedule.resolution_shell((joined.model if joined else first).data_vs_prior)
         schedule.update_resolution(state, shell, self.box, self.pixel_size)
         for model in state.halves:
             if not state.converged:
                 model.references = model.references * self.mask
             self.world.broadcast_(model.references)
+        return joined
 
     def _filter_again(self) -> None:
         """After the first, cross-correlation iteration the maps are trusted no further than the reference was."""
@@ -339,7 +371,7 @@ class Refiner:
             state.halves[0], batch, (1 / sigma2)[shell].to(self.dtype), state.poses.euler[chosen].to(self.device),
             state.poses.class_number[chosen].to(self.device), state.current_size // 2, PADDING, state.generator,
         )  # fmt: skip
-        state.orientability = by_shell.cpu()
+        state.orientability = memory.keep(by_shell.cpu(), "run")
 
     def _write(self) -> None:
         if self.output is not None and self.world.rank == 0:

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from torchem.runtime import memory
+
 
 def half_transform(images: Tensor, ndim: int = 2) -> Tensor:
     """Transform real images or maps whose origin is the pixel L//2; the forward transform carries 1/L^ndim.
@@ -65,6 +67,11 @@ class FourierPixels:
     @lru_cache(maxsize=16)
     def of(box: int, device: torch.device | str = "cpu") -> "FourierPixels":
         """The pixels of one box size on one device (kept: they are the same for every iteration)."""
+        with memory.place("run"):
+            return FourierPixels._of(box, device)
+
+    @staticmethod
+    def _of(box: int, device: torch.device | str) -> "FourierPixels":
         half = box // 2
         ky, kx = torch.meshgrid(torch.arange(-half, half + 1), torch.arange(half + 1), indexing="ij")
         ky, kx = ky.reshape(-1), kx.reshape(-1)

@@ -121,7 +121,9 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch(0, 1, 0, address, port("alone"))
 
 
-def start(backend: str = "auto", device: str = "auto") -> World:
+def start(
+    backend: str = "auto", device: str = "auto", before: Callable[[torch.device], None] | None = None
+) -> World:
     """Choose this process's device and, if there are others, join them.
 
     A process joins once: further calls (the jobs of a sweep) use the same group.
@@ -132,6 +134,8 @@ def start(backend: str = "auto", device: str = "auto") -> World:
         ``nccl``, ``gloo``, ``mpi``, or ``auto``: NCCL on GPUs, gloo on CPUs.
     device
         ``cpu``, ``cuda``, or ``auto``: the GPU if there is one.
+    before
+        called with the device before it starts.
 
     Raises
     ------
@@ -148,6 +152,8 @@ def start(backend: str = "auto", device: str = "auto") -> World:
         backend = "nccl" if device == "cuda" else "gloo"
     _check_backend(backend, device, gpus, launch)
     here = torch.device("cuda", launch.local_rank % gpus) if device == "cuda" else torch.device("cpu")
+    if before is not None:
+        before(here)
     # setting a device starts it, which takes a while: the first is set, and starts with the first tensor
     if here.type == "cuda" and here.index != torch.cuda.current_device():
         torch.cuda.set_device(here)

@@ -1,14 +1,16 @@
 """Memory in stacks: a range of addresses for each lifetime, empty again at the end of its scope.
 
 Lifetimes in EM are nested: run ⊃ iteration ⊃ batch of particles ⊃ chunk of orientations (Zhang et al. 2018, §3). Where
-the arena is installed, ``with scope("batch"):`` ends with all gone that was made in it, and ``with place("run"):`` puts
-a result of an inner scope where it belongs; elsewhere both do nothing. The work is done by
+the arena is installed, ``with scope("batch"):`` ends with all gone that was made in it. ``with place("run"):`` puts a
+result of an inner scope where it belongs, and ``keep(result, "run")`` copies one there that came with temporaries.
+Elsewhere all three do nothing. What is made outside all scopes lives as long as the process. The work is done by
 ``kernels/stack_allocator.c``, compiled when it is first needed and kept in the user's cache folder.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -18,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +29,7 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,16 +37,24 @@ import torch
 from torchem.errors import InputError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LIFETIMES = ("run", "iteration", "batch", "chunk")
+SMALLEST_CHUNK = 2 << 20
 # kinds of events in a trace
 EVENTS = ("allocate", "release", "open", "close", "map", "unmap")
 
 _FLAGS = ("-std=c11", "-O2", "-fPIC", "-shared", "-fexceptions", "-pthread")
 _DRIVER = "libcuda.so.1"
-_EVENT = np.dtype([("seconds", "f8"), ("kind", "i4"), ("range", "i4"), ("size", "i8"), ("top", "i8"), ("live", "i8")])
+_EVENT = np.dtype(
+    [("seconds", "f8"), ("kind", "i4"), ("range", "i4"), *((name, "i8") for name in ("size", "top", "live", "block"))]
+)
 _SURVIVOR = np.dtype([("size", "i8"), ("where", "u8")])
 _NOTHING: AbstractContextManager[None] = nullcontext()
+# a GPU's memory that its libraries take beside PyTorch's after the start: FFT tables, kernels
+_LIBRARIES = 256 << 20
+# of plans of Fourier transforms, whose tables lie outside the arena
+_FFT_PLANS = 32
 _installed: Arena | None = None
 
 
@@ -66,12 +78,14 @@ class RangeStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """All ranges, in bytes.
+    """All ranges, in bytes; tops, and holes between them, at one time.
 
     Attributes
     ----------
     ranges
         by lifetime.
+    waste
+        most bytes that a scope left behind at its end, holes and survivors.
     allocations, elsewhere
         requests served; of them, those of other streams and threads, which went to the run range.
     survivors
@@ -84,14 +98,25 @@ class Statistics:
 
     ranges: dict[str, RangeStatistics]
     live: int
+    top: int
     mapped: int
     peak_live: int
+    peak_top: int
     peak_mapped: int
+    peak_holes: int
+    waste: int
     allocations: int
     elsewhere: int
     survivors: int
     moved: int
     strays: int
+
+    def __str__(self) -> str:
+        peaks = ", ".join(f"{name} {_shown(is_.peak_top)}" for name, is_ in self.ranges.items())
+        return (
+            f"at most {_shown(self.peak_live)} held in {_shown(self.peak_mapped)} mapped ({peaks}); "
+            f"{self.survivors} blocks outlived their scopes"
+        )
 
 
 _Where = ctypes.CFUNCTYPE(ctypes.c_uint64)
@@ -106,9 +131,9 @@ class Arena:
     Parameters
     ----------
     limit
-        bytes that may be mapped; 0: all that the device has.
+        bytes that may be mapped; 0: all that a GPU has.
     chunk
-        bytes of a chunk, a multiple of 2 MiB.
+        bytes of a chunk, a multiple of 2 MiB; 0: what suits the limit.
     strict
         raise for what outlives its scope; else it is kept, counted and logged.
     driver
@@ -118,14 +143,16 @@ class Arena:
     """
 
     def __init__(
-        self, limit: int, *, chunk: int = 2 << 20, strict: bool = False, driver: str | None = None, device: int = 0
+        self, limit: int, *, chunk: int = 0, strict: bool = False, driver: str | None = None, device: int = 0
     ) -> None:
-        if chunk <= 0 or chunk % (2 << 20):
+        if chunk < 0 or chunk % SMALLEST_CHUNK:
             raise ValueError(f"chunk={chunk}: must be a multiple of 2 MiB")
-        if limit < 0 or (limit < chunk and (limit or driver is None)):
-            raise ValueError(f"limit={limit}: must be at least one chunk of {chunk} bytes")
-        self.strict, self.device = strict, device
-        self._library = _load()
+        smallest = chunk or SMALLEST_CHUNK
+        if limit < 0 or (limit < smallest and (limit or driver is None)):
+            raise ValueError(f"limit={limit}: must be at least one chunk of {smallest} bytes")
+        self.limit, self.device = limit, device
+        self.kind = "cpu" if driver is None else "cuda"
+        self._library = _library()
         self._handle = self._library.stack_new(driver.encode() if driver else None, device, limit, chunk)
         if not self._handle:
             raise MemoryError("no host memory is left for the books of an arena")
@@ -133,8 +160,12 @@ class Arena:
         weakref.finalize(self, self._library.stack_delete, self._handle).atexit = False
         self._told: set[str] = set()
         self._where, self._describe = _traceback_keys()
-        if strict:
-            self._library.stack_ask_where(self._handle, self._where)
+        self.be_strict(strict)
+
+    def be_strict(self, strict: bool) -> None:
+        """Raise for what outlives its scope from now on, and say where it was made; or no more."""
+        self.strict = strict
+        self._library.stack_ask_where(self._handle, self._where if strict else _Where())
 
     def allocate(self, n_bytes: int, *, device: int | None = None, stream: int = 0) -> int:
         """Address of a block, aligned to 512 bytes; 0 for no bytes.
@@ -184,7 +215,7 @@ class Arena:
             yield
         except BaseException:
             # its traceback holds tensors of this scope, and matters more than they
-            self._close(name, strict=False)
+            self._close(name, strict=False, level=logging.DEBUG)
             raise
         self._close(name, self.strict)
 
@@ -205,6 +236,39 @@ class Arena:
         finally:
             self._library.stack_place(self._handle, before)
 
+    def keep(self, value: T, name: str) -> T:
+        """`value` with every tensor in it that a shorter lifetime holds copied to this one.
+
+        Looks into lists, tuples, dicts and dataclasses; of these, the ones that can change are changed themselves.
+        """
+        with self.place(name):
+            return self._kept(value, _number(name), {})
+
+    def _kept(self, value: Any, lifetime: int, done: dict[int, torch.Tensor]) -> Any:
+        """`done`: copies of tensors already met, by identity."""
+        if isinstance(value, torch.Tensor):
+            if self._library.stack_range(self._handle, value.untyped_storage().data_ptr()) <= lifetime:
+                return value
+            if id(value) not in done:
+                done[id(value)] = value.clone()
+            return done[id(value)]
+        if isinstance(value, list | tuple):
+            parts = [self._kept(part, lifetime, done) for part in value]
+            if isinstance(value, tuple):
+                return value if all(a is b for a, b in zip(parts, value, strict=True)) else tuple(parts)
+            value[:] = parts
+        elif isinstance(value, dict):
+            value |= {key: self._kept(part, lifetime, done) for key, part in value.items()}
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            old = {field.name: getattr(value, field.name) for field in fields(value)}
+            new = {name: part for name in old if (part := self._kept(old[name], lifetime, done)) is not old[name]}
+            try:
+                for name, part in new.items():
+                    setattr(value, name, part)
+            except dataclasses.FrozenInstanceError:
+                return dataclasses.replace(value, **new)
+        return value
+
     def statistics(self) -> Statistics:
         """What is live, mapped and empty now, and was at most."""
         width = len(fields(RangeStatistics))
@@ -223,12 +287,13 @@ class Arena:
         self._library.stack_trace(self._handle, on)
 
     def events(self) -> np.ndarray:
-        """Recorded events: seconds, kind (number in ``EVENTS``), range, and its size, top and live bytes after it."""
+        """Recorded events: seconds, kind (number in ``EVENTS``), range, size, the range's top and live bytes after it,
+        and the number of the block (0: none)."""
         events = np.empty(self._library.stack_events(self._handle, None, 0), _EVENT)
         self._library.stack_events(self._handle, events.ctypes.data, len(events))
         return events
 
-    def _close(self, name: str, strict: bool) -> None:
+    def _close(self, name: str, strict: bool, level: int = logging.WARNING) -> None:
         listed = np.empty(8, _SURVIVOR)
         count = self._library.stack_close(self._handle, listed.ctypes.data, len(listed))
         if count < 0:
@@ -240,45 +305,108 @@ class Arena:
         if strict:
             raise ScopeError(text)
         # the same scope comes again and again
-        log.log(logging.DEBUG if name in self._told else logging.WARNING, "%s", text)
-        self._told.add(name)
+        log.log(logging.DEBUG if name in self._told else level, "%s", text)
+        if level >= logging.WARNING:
+            self._told.add(name)
 
     def _error(self) -> str:
         return self._library.stack_error().decode()
 
 
-def install(device: int, *, limit: int = 0, chunk: int = 32 << 20, strict: bool = False) -> Arena:
-    """Make an arena PyTorch's allocator on a GPU, for the rest of this process; CUDA starts with the first tensor.
+def install(
+    device: torch.device, allocator: str, *, limit: int = 0, strict: bool = False, trace: bool = False
+) -> None:
+    """Choose what gives this process its tensors' memory, on the one device that it uses; for commands only.
 
     Parameters
     ----------
     device
-        number of the GPU, the only one this process may use.
-    limit, chunk, strict
-        see :class:`Arena`.
+        a GPU, on which CUDA has not started and starts with the first tensor; or the CPU.
+    allocator
+        ``stack``: an :class:`Arena`, for the rest of this process; ``torch``: PyTorch's own.
+    limit
+        bytes that tensors may take; 0: all that there are. On a CPU it binds the stack only.
+    strict, trace
+        of the arena: raise for survivors, record every event.
 
     Raises
     ------
-    RuntimeError
-        CUDA has started, or another arena is installed.
     InputError
-        This PyTorch has no CUDA, or there is no C compiler.
+        It is too late; the allocator cannot be had here; or another one is installed.
     """
     global _installed
     if _installed is not None:
-        raise RuntimeError("an arena is installed in this process, and it stays")
+        if allocator != "stack" or (limit and limit != _installed.limit) or device.type != _installed.kind:
+            raise InputError(
+                "memory.allocator=stack: this process has one with other settings, and keeps it; give the jobs of a "
+                "sweep the same memory options, or a command each"
+            )
+        _installed.be_strict(strict)
+        _installed.trace(trace)
+        return
+    if allocator == "torch":
+        if limit and device.type == "cuda":
+            share = limit / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        return
+    _installed = _on_gpu(device, limit, strict) if device.type == "cuda" else _on_host(limit, strict)
+    _installed.trace(trace)
+
+
+def _on_gpu(device: torch.device, limit: int, strict: bool) -> Arena:
     if torch.cuda.is_initialized():
-        raise RuntimeError("CUDA has started with PyTorch's allocator; install the arena before the first CUDA call")
-    if not torch.backends.cuda.is_built():
-        raise InputError("this PyTorch is built without CUDA; use memory.allocator=torch")
-    arena = Arena(limit, chunk=chunk, strict=strict, driver=_DRIVER, device=device)
-    allocator = torch.cuda.memory.CUDAPluggableAllocator(str(_compiled()), "torch_malloc", "torch_free")
+        raise InputError(
+            "memory.allocator=stack: CUDA has started with PyTorch's allocator, and a process keeps its first; "
+            "give it to the first job of a sweep, or a command of its own"
+        )
+    arena = Arena(limit, strict=strict, driver=_DRIVER, device=device.index or 0)
+    allocator = torch.cuda.memory.CUDAPluggableAllocator(str(compiled("stack_allocator")), "torch_malloc", "torch_free")
     record = ctypes.cast(arena._library.torch_record_stream, ctypes.c_void_p).value
     allocator.allocator().set_record_stream_fn(record)
     arena._library.stack_serve(arena._handle)
     torch.cuda.memory.change_current_allocator(allocator)
-    _installed = arena
     return arena
+
+
+def _on_host(limit: int, strict: bool) -> Arena:
+    arena = Arena(limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), strict=strict)
+    if arena._library.stack_serve_host(arena._handle) < 0:
+        raise InputError(
+            "memory.allocator=stack: this PyTorch asks for host memory in a way that torchem does not know; use "
+            "memory.allocator=torch"
+        )
+    return arena
+
+
+def warm_up(device: torch.device) -> None:
+    """Have a GPU's libraries make what they keep, such as the workspaces of products, before the first scope."""
+    if device.type != "cuda" or _installed is None:
+        return
+    torch.backends.cuda.cufft_plan_cache[device.index or 0].max_size = _FFT_PLANS
+    for dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float16):
+        square = torch.ones((64, 64), dtype=dtype, device=device)
+        square @ square
+        square.addmm(square, square)
+    torch.fft.rfftn(torch.ones((8, 8, 8), device=device))
+
+
+def available(device: torch.device, limit: int = 0) -> int:
+    """Bytes that tensors may still take on a device, of `limit` in all (0: none is set)."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 64 << 30)
+    taken = 0
+    if _installed is not None:
+        statistics_ = _installed.statistics()
+        # what is mapped and empty serves again
+        free, taken = free + statistics_.mapped - statistics_.live, statistics_.live
+        limit = limit or _installed.limit
+    elif device.type == "cuda":
+        taken = torch.cuda.memory_allocated(device)
+    if device.type == "cuda":
+        free = max(0, free - _LIBRARIES)
+    return min(free, limit - taken) if limit else free
 
 
 def scope(name: str) -> AbstractContextManager[None]:
@@ -289,6 +417,20 @@ def scope(name: str) -> AbstractContextManager[None]:
 def place(name: str) -> AbstractContextManager[None]:
     """:meth:`Arena.place` of the installed arena; without one, nothing."""
     return _NOTHING if _installed is None else _installed.place(name)
+
+
+def keep(value: T, name: str) -> T:
+    """:meth:`Arena.keep` of the installed arena; without one, `value`."""
+    return value if _installed is None else _installed.keep(value, name)
+
+
+def installed() -> Arena | None:
+    """The arena that serves this process, if one does."""
+    return _installed
+
+
+def _shown(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 1 << 30 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 def _number(name: str) -> int:
@@ -320,31 +462,38 @@ def _traceback_keys(depth: int = 6) -> tuple[Callable[[], int], Callable[[int], 
 
 
 @functools.cache
-def _compiled() -> Path:
-    """The compiled allocator, from the cache folder if it is there.
+def compiled(name: str) -> Path:
+    """The shared library of a C file of ``torchem.kernels``, from the cache folder if it is there.
 
     Raises
     ------
     InputError
         No C compiler, or it fails; no cache folder.
     """
-    source = resources.files("torchem.kernels").joinpath("stack_allocator.c").read_bytes()
+    folder_ = resources.files("torchem.kernels")
+    sources = {path.name: path.read_bytes() for path in folder_.iterdir() if path.name.endswith(".c")}
     names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
     compiler = next(filter(None, map(shutil.which, names)), None)
-    key = hashlib.sha256(b"\0".join([source, *(flag.encode() for flag in _FLAGS), platform.machine().encode()]))
+    # one file may include another
+    parts = [name.encode(), platform.machine().encode(), *(flag.encode() for flag in _FLAGS)]
+    key = hashlib.sha256(b"\0".join([*parts, *(sources[file] for file in sorted(sources))])).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torchem"
-    library = folder / f"stack_allocator-{key.hexdigest()[:16]}.so"
+    library = folder / f"{name}-{key}.so"
     if library.is_file():
         return library
     if compiler is None:
-        raise InputError(f"the stack needs a C compiler, and there is no {' or '.join(names)}; install gcc, or set CC")
+        raise InputError(
+            f"memory.allocator=stack needs a C compiler, and there is no {' or '.join(names)}: install gcc, or set CC"
+        )
     # another process may compile it, too: each writes its own file, and the last to be renamed stays
-    mine = library.with_suffix(f".{os.getpid()}.so")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        command = [compiler, *_FLAGS, "-x", "c", "-", "-o", str(mine), "-ldl"]
-        subprocess.run(command, input=source, check=True, capture_output=True)
-        os.replace(mine, library)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            for file, text in sources.items():
+                Path(own, file).write_bytes(text)
+            command = [compiler, *_FLAGS, f"{name}.c", "-o", library.name, "-ldl"]
+            subprocess.run(command, cwd=own, check=True, capture_output=True)
+            os.replace(Path(own, library.name), library)
     except subprocess.CalledProcessError as error:
         raise InputError(f"{compiler} cannot compile the stack allocator:\n{error.stderr.decode()}") from error
     except OSError as error:
@@ -353,10 +502,15 @@ def _compiled() -> Path:
 
 
 @functools.cache
-def _load() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_compiled()))
+def _library() -> ctypes.CDLL:
+    return load("stack_allocator")
+
+
+def load(name: str) -> ctypes.CDLL:
+    """A compiled C file that holds the allocator's functions, with their types."""
+    library = ctypes.CDLL(str(compiled(name)))
     size, pointer, number, text = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
-    for name, result, *arguments in (
+    for function_name, result, *arguments in (
         ("stack_new", pointer, text, number, size, size),
         ("stack_delete", None, pointer),
         ("stack_allocate", pointer, pointer, size, number, pointer),
@@ -365,6 +519,7 @@ def _load() -> ctypes.CDLL:
         ("stack_open", number, pointer, number),
         ("stack_close", ctypes.c_int64, pointer, pointer, ctypes.c_int64),
         ("stack_place", number, pointer, number),
+        ("stack_range", number, pointer, pointer),
         ("stack_figures", None, pointer, pointer),
         ("stack_plan", text, pointer),
         ("stack_error", text),
@@ -372,7 +527,8 @@ def _load() -> ctypes.CDLL:
         ("stack_trace", None, pointer, number),
         ("stack_events", ctypes.c_int64, pointer, pointer, ctypes.c_int64),
         ("stack_serve", None, pointer),
+        ("stack_serve_host", number, pointer),
     ):
-        function = getattr(library, name)
+        function = getattr(library, function_name)
         function.restype, function.argtypes = result, arguments
     return library

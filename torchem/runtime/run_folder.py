@@ -19,7 +19,7 @@ import yaml
 from torchem.errors import InputError
 
 # what may differ between two commands of one run: the result does not hang on it
-_FREE = ("device", "distributed.", "resume", "run_name", "dataset.source")
+_FREE = ("device", "distributed.", "memory.", "resume", "run_name", "dataset.source")
 _ITERATION = re.compile(r"run_it(\d{3,})_optimiser\.star")
 
 
