@@ -58,6 +58,7 @@ typedef struct {
 typedef struct {
     RangeFigures ranges[RANGES];
     int64_t live, top, mapped, peak_live, peak_top, peak_mapped, peak_holes; /* of all ranges at one time */
+    int64_t holes_at_peak; /* when the tops together were highest: what holes cost */
     int64_t waste;       /* most bytes that a scope left behind at its end, holes and survivors */
     int64_t allocations; /* requests served */
     int64_t elsewhere;   /* of them, those of other streams and threads, which went to the run range */
@@ -573,6 +574,7 @@ static void count_live(Arena *arena, int r, int64_t size, int blocks) {
     count_peak(is->top, &is->peak_top);
     count_peak(is->top - is->live, &is->peak_holes);
     count_peak(all->live, &all->peak_live);
+    if (all->top > all->peak_top) all->holes_at_peak = all->top - all->live;
     count_peak(all->top, &all->peak_top);
     count_peak(all->top - all->live, &all->peak_holes);
 }

@@ -324,6 +324,7 @@ def _bytes_of_run(n_particles: int, box: int) -> int:
 
 def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None:
     from torchem.em.refiner import Refiner
+    from torchem.runtime import memory
 
     state = job.state
     if state.iteration is None:
@@ -338,8 +339,20 @@ def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None
     if world.rank == 0:
         # what draws the picture in the end takes a while to load
         threading.Thread(target=importlib.import_module, args=("torchem.report.run_figure",)).start()
-    for iteration in refiner:
-        log.info("%s", _line(iteration, job))
+    arena, told = memory.installed(), 0
+    try:
+        for iteration in refiner:
+            log.info("%s", _line(iteration, job))
+            if arena is not None and (peak := arena.statistics().peak_live) > told:
+                log.info("memory: %s", arena.statistics())
+                told = peak
+    finally:
+        if arena is not None and job.options.memory.trace and world.rank == 0:
+            from torchem.report.memory_figure import memory_figure
+
+            memory_figure(state.folder, arena.events())
+    if arena is not None:
+        log.info("memory: %s", arena.statistics())
 
 
 def _line(iteration: Iteration, job: Job) -> str:

@@ -84,6 +84,8 @@ class Statistics:
     ----------
     ranges
         by lifetime.
+    holes_at_peak
+        when the tops together were highest.
     waste
         most bytes that a scope left behind at its end, holes and survivors.
     allocations, elsewhere
@@ -104,6 +106,7 @@ class Statistics:
     peak_top: int
     peak_mapped: int
     peak_holes: int
+    holes_at_peak: int
     waste: int
     allocations: int
     elsewhere: int
@@ -114,8 +117,9 @@ class Statistics:
     def __str__(self) -> str:
         peaks = ", ".join(f"{name} {_shown(is_.peak_top)}" for name, is_ in self.ranges.items())
         return (
-            f"at most {_shown(self.peak_live)} held in {_shown(self.peak_mapped)} mapped ({peaks}); "
-            f"{self.survivors} blocks outlived their scopes"
+            f"at most {_shown(self.peak_live)} held in {_shown(self.peak_mapped)} mapped; tops: {peaks}; holes: "
+            f"{_shown(self.holes_at_peak)} at the highest top, never more than {_shown(self.peak_holes)}; "
+            f"{self.survivors} blocks outlived their scopes, which left {_shown(self.waste)} behind"
         )
 
 
