@@ -376,6 +376,9 @@ class Expectation:
         """Whether so many orientations are significant that all are better done at once."""
         if self.settings.local_sigma is not None:
             return False
+        n_fine = self.model.n_classes * self.grid.n_orientations * self.grid.orientation_children
+        if n_fine * batch.geometry.n_pixels > self.settings.fine_weights:
+            return False  # all their slices would not fit
         orientation = samples.column // self.grid.n_translations
         pairs = torch.unique_consecutive(samples.particle * (orientation.max() + 1) + orientation)
         support = DENSE_SUPPORT[pairs.device.type]

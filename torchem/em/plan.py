@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from torchem.em.schedule import ACCURACY_PARTICLES, TRIALS
 from torchem.errors import InputError
 from torchem.runtime import memory
 
@@ -13,12 +14,14 @@ BYTES_PER_CHUNK_ELEMENT = 96
 BYTES_PER_BATCH_PIXEL, BYTES_PER_NOISE_PIXEL = 120, 220
 # of them, those of what stays for the whole batch
 BYTES_PER_PREPARED_PIXEL = 20
-# bytes held for each value of a table of slices, and beside that while it is made
-BYTES_PER_SLICE_PIXEL, BYTES_WHILE_CUT = 24, 40
+# bytes held for each value of a table of slices, and while it is cut
+BYTES_PER_SLICE_PIXEL, BYTES_WHILE_CUT = 24, {"cpu": 24, "cuda": 56}
 # bytes for each voxel of a map at Nyquist, padding 2: maps and voxel lists; volume and both halves' sums; the M-step
-BYTES_PER_VOXEL = {"run": 70, "iteration": 180, "chunk": 520}
-# a GPU looks up this many bytes of voxels at once to symmetrise
-SYMMETRY_BYTES = 2**30
+BYTES_PER_VOXEL = {"run": 70, "iteration": 150, "chunk": 520}
+# errors of a pose that are tried at once
+ERRORS = 45
+# bytes of voxels that are looked up at once to symmetrise a volume
+SYMMETRY_BYTES = {"cpu": 2**25, "cuda": 2**30}
 # bytes held for each fine weight: the weight, its row, and what finding the significant ones takes
 BYTES_PER_FINE_WEIGHT = 64
 
@@ -50,7 +53,8 @@ class Plan:
     def __str__(self) -> str:
         kept = "images stay on the device" if self.keep_images else "images are read again in every iteration"
         chunks = f"{self.chunk_elements / 1e6:.3g} M pixels, {self.fine_weights / 1e6:.3g} M fine weights"
-        return f"batches of {self.batch_particles} particles, chunks of {chunks}; {kept}"
+        needs = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.needs.items())
+        return f"batches of {self.batch_particles} particles, chunks of {chunks}; {kept}; at most, in GiB: {needs}"
 
 
 def make_plan(
@@ -83,9 +87,10 @@ def make_plan(
     free = memory.available(device, limit)
     needs = {name: width * size * (map_box or box) ** 3 for name, size in BYTES_PER_VOXEL.items()}
     needs["iteration"] += width * BYTES_PER_SLICE_PIXEL * table
-    if device.type == "cuda":
-        needs["chunk"] += SYMMETRY_BYTES
-    quarter = max(0, free - needs["run"] - needs["iteration"]) // 4
+    needs["chunk"] += SYMMETRY_BYTES[device.type]
+    # on a CPU larger batches than this gain nothing
+    usable = min(free, 64 << 30) if device.type == "cpu" else free
+    quarter = max(0, usable - needs["run"] - needs["iteration"]) // 4
     image_bytes = 4 * box * box * width
     keep = n_particles * image_bytes <= quarter
     # a batch also holds whole transforms of its images while it is prepared
@@ -96,29 +101,20 @@ def make_plan(
     largest = 2**21 if device.type == "cpu" else 2**27
     chunk = max(2**16, min(largest, quarter // (BYTES_PER_CHUNK_ELEMENT * width)))
     weights = max(2**16, min(2**28, quarter // (BYTES_PER_FINE_WEIGHT * width)))
-    return _checked(Plan(chunk, weights, batch, keep, needs), free, n_particles * image_bytes, pixels, width, table)
-
-
-def _checked(plan: Plan, free: int, image_bytes: int, pixels: int, width: int, table: int) -> Plan:
-    """The plan with what images, batches and chunks need, too; refused if it does not fit."""
-    batch, needs = plan.batch_particles, plan.needs
-    # one batch is worked on, one waits and one is read
-    needs["run"] += image_bytes if plan.keep_images else 3 * 8 * pixels * batch
+    # a table of slices, or as many as tell how accurate poses can be
+    trials = min(TRIALS, ERRORS * ACCURACY_PARTICLES * box * box // 2)
+    cut = width * BYTES_WHILE_CUT[device.type] * max(table, trials)
+    # the fine pass by dense matrix products holds slices of all orientations, too, as many as there may be weights
+    fine = width * (BYTES_PER_FINE_WEIGHT + BYTES_WHILE_CUT[device.type]) * weights
+    work = max(width * BYTES_PER_CHUNK_ELEMENT * chunk, fine, cut)
+    plan = Plan(chunk, weights, batch, keep, needs)
+    # what images, batches and chunks take beside the volumes; of images one batch is worked on and two are read ahead
+    needs["run"] += image_bytes * (n_particles if keep else 3 * batch)
     needs["batch"] = BYTES_PER_PREPARED_PIXEL * pixels * batch
-    # in the E-step: operands, and beside them the largest of what is done with them
-    operands = (BYTES_PER_BATCH_PIXEL - BYTES_PER_PREPARED_PIXEL) * pixels * batch
-    work = width * max(
-        BYTES_PER_CHUNK_ELEMENT * plan.chunk_elements,
-        # dense matrix products need a table of slices as large
-        (BYTES_PER_FINE_WEIGHT + BYTES_WHILE_CUT) * plan.fine_weights,
-        BYTES_WHILE_CUT * table,
-    )
-    needs["chunk"] = max(needs["chunk"], operands + work)
+    needs["chunk"] = max(needs["chunk"], (BYTES_PER_BATCH_PIXEL - BYTES_PER_PREPARED_PIXEL) * pixels * batch + work)
     if sum(needs.values()) > free:
-        shown = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in needs.items())
         raise InputError(
-            f"this refinement needs {sum(needs.values()) / 2**30:.2f} GiB of memory in batches of {batch} particles "
-            f"({shown}), and there are {free / 2**30:.2f}; take a GPU with more, a larger memory.limit, a smaller box, "
-            "or precision=single"
+            f"{sum(needs.values()) / 2**30:.2f} GiB of memory are needed and {free / 2**30:.2f} are there ({plan}); "
+            "take a device with more, a larger memory.limit, or particles of a smaller box"
         )
     return plan

@@ -248,25 +248,8 @@ class Refiner:
         )  # fmt: skip
         found = _zero_poses(len(self.particles))
         done = torch.zeros(len(self.particles))
-        sums, finished = [], 0
-        for number, half in enumerate(state.halves):
-            expectation = Expectation(half, self.grid, settings, self.operators)
-            for group, optics in enumerate(self.optics):
-                geometry = ImageGeometry.of(
-                    optics, state.current_size, self.box, self.pixel_size, self.dtype, self.device
-                )
-                members = self.mine[(state.subset[self.mine] == number) & (self.optics_group[self.mine] == group)]
-                parts = members.split(self.plan.batch_particles)
-                for part, (images, indices) in zip(parts, self.images.batches(parts), strict=True):
-                    if len(indices):
-                        with memory.scope("batch"):
-                            self._batch(expectation, half, group, geometry, images, indices, found, done)
-                    if self.progress is not None:
-                        finished += len(part)
-                        self.progress(finished, len(self.mine))
-            for tensor in expectation.sums.tensors():
-                self.world.sum_(tensor)
-            sums.append(expectation.sums)
+        self._finished = 0
+        sums = [self._expectation_of_half(number, settings, found, done) for number in range(len(state.halves))]
         for tensor in (*vars(found).values(), done):
             self.world.sum_(tensor)
         # an unusable particle keeps what it had
@@ -275,6 +258,25 @@ class Refiner:
             new = (done > 0).reshape(-1, *([1] * (values.ndim - 1)))
             setattr(state.poses, name, torch.where(new, values, kept))
         return sums
+
+    def _expectation_of_half(self, number: int, settings: ExpectationSettings, found: Poses, done: Tensor) -> Sums:
+        """The sums of one half; notes what was found for its particles."""
+        state, half = self.state, self.state.halves[number]
+        expectation = Expectation(half, self.grid, settings, self.operators)
+        for group, optics in enumerate(self.optics):
+            geometry = ImageGeometry.of(optics, state.current_size, self.box, self.pixel_size, self.dtype, self.device)
+            members = self.mine[(state.subset[self.mine] == number) & (self.optics_group[self.mine] == group)]
+            parts = members.split(self.plan.batch_particles)
+            for part, (images, indices) in zip(parts, self.images.batches(parts), strict=True):
+                if len(indices):
+                    with memory.scope("batch"):
+                        self._batch(expectation, half, group, geometry, images, indices, found, done)
+                if self.progress is not None:
+                    self._finished += len(part)
+                    self.progress(self._finished, len(self.mine))
+        for tensor in expectation.sums.tensors():
+            self.world.sum_(tensor)
+        return expectation.sums
 
     def _batch(
         self, expectation: Expectation, half: Model, group: int, geometry: ImageGeometry, images: Tensor,

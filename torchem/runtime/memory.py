@@ -399,7 +399,7 @@ def available(device: torch.device, limit: int = 0) -> int:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 64 << 30)
+        free = _free_host_memory()
     taken = 0
     if _installed is not None:
         statistics_ = _installed.statistics()
@@ -411,6 +411,15 @@ def available(device: torch.device, limit: int = 0) -> int:
     if device.type == "cuda":
         free = max(0, free - _LIBRARIES)
     return min(free, limit - taken) if limit else free
+
+
+def _free_host_memory() -> int:
+    """Bytes, with what the system keeps of files and would give up."""
+    try:
+        fields_ = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields_["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def scope(name: str) -> AbstractContextManager[None]:
