@@ -424,8 +424,10 @@ static size_t chunks_of(const Arena *arena, size_t size) { return (size + arena-
 /* give up to `count` chunks of a range that lie above `height` back to the pool; returns how many */
 static size_t give_back(Arena *arena, int r, size_t height, size_t count) {
     Range *range = &arena->ranges[r];
-    size_t idle = range->chunks - chunks_of(arena, height);
-    if (count > idle) count = idle;
+    /* some may have moved to another range since its top was that high */
+    size_t kept = range->chunks ? chunks_of(arena, height) : 0;
+    if (kept >= range->chunks) return 0;
+    if (count > range->chunks - kept) count = range->chunks - kept;
     if (!count) return 0;
     arena->memory->fence(arena); /* kernels may still use what the host has freed */
     range->chunks -= count;
@@ -725,7 +727,7 @@ void stack_delete(Arena *arena) {
             }
             unchain(range, range->last);
         }
-        if (range->chunks) give_back(arena, r, 0, SIZE_MAX);
+        give_back(arena, r, 0, SIZE_MAX);
         if (range->base) arena->memory->discard(arena, range->base, arena->most * arena->chunk);
         free(range->handles);
     }

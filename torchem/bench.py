@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _NUMBERS = ("n_particles", "box", "n_orientations", "n_shifts", "repeats")
-BENCHES = ("squared_difference", "significant", "fine", "backproject", "iteration", "refine", "weights")
+BENCHES = ("squared_difference", "significant", "fine", "backproject", "iteration", "refine", "weights", "memory")
 
 
 @dataclass
 class Settings:
     """What is measured; numbers that are not given are the benchmark's own."""
 
-    bench: str = "squared_difference"  # significant, fine, backproject, iteration, refine, weights
+    bench: str = "squared_difference"  # significant, fine, backproject, iteration, refine, weights, memory
     n_particles: int | None = None
     box: int | None = None  # px
     n_orientations: int | None = None  # fine, backproject: a particle's
@@ -44,7 +44,7 @@ class Settings:
     # squared_difference: fp16, split, three, tf32, fp32, fp64, correlation, plain; others: single, double
     precision: str | None = None
     backend: str | None = None  # squared_difference: triton, matmul, reference
-    repeats: int | None = None  # of which the median is taken: 5; iteration, refine, weights: most iterations
+    repeats: int | None = None  # of which the median is taken: 5; iteration, refine, weights, memory: most iterations
     csv: str = "outputs/bench/${bench}.csv"
     plot: bool = False
 

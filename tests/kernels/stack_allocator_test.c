@@ -44,7 +44,7 @@ static bool intact(const Held *held) {
 /* the books agree with each other */
 static void audit(const Arena *arena) {
     size_t chunks = arena->spare;
-    int64_t all = 0;
+    int64_t all = 0, tops = 0;
     for (int r = 0; r < RANGES; r++) {
         const Range *range = &arena->ranges[r];
         const RangeFigures *is = &arena->figures.ranges[r];
@@ -66,10 +66,13 @@ static void audit(const Arena *arena) {
         }
         REQUIRE(listed == holes && live == is->live && blocks == is->blocks && live + holes == is->top);
         REQUIRE(is->top <= is->mapped && is->mapped == (int64_t)(range->chunks * arena->chunk));
+        REQUIRE(is->top <= is->peak_top && range->crest >= top_of(range));
         chunks += range->chunks;
         all += live;
+        tops += is->top;
     }
-    REQUIRE(chunks == arena->created && chunks <= arena->most && all == arena->figures.live);
+    REQUIRE(chunks == arena->created && chunks <= arena->most);
+    REQUIRE(all == arena->figures.live && tops == arena->figures.top);
 }
 
 /* whether all tops, and `size` more bytes in range `r`, need more chunks than there may be */
@@ -107,6 +110,7 @@ static void program(uint64_t seed, double peaks[3]) {
                 for (int i = 0; i < n; i++)
                     REQUIRE(start + size <= held[i].start || held[i].start + held[i].size <= start);
                 fill(&held[n++]);
+                REQUIRE(stack_range(arena, start) == r);
             } else {
                 REQUIRE(strstr(message, "no room") && strstr(message, "largest") && too_much(arena, r, size));
             }

@@ -18,6 +18,10 @@ BYTES_PER_PREPARED_PIXEL = 20
 BYTES_PER_SLICE_PIXEL, BYTES_WHILE_CUT = 24, {"cpu": 24, "cuda": 56}
 # bytes for each voxel of a map at Nyquist, padding 2: maps and voxel lists; volume and both halves' sums; the M-step
 BYTES_PER_VOXEL = {"run": 70, "iteration": 150, "chunk": 520}
+# bytes for each significant coarse sample of a batch, and while they are found
+BYTES_PER_SAMPLE, BYTES_WHILE_FOUND = 28, 64
+# lists of pixels, grids of samples; on a GPU also what its libraries keep for products
+LISTS_BYTES = {"cpu": 2**20, "cuda": 2**27}
 # errors of a pose that are tried at once
 ERRORS = 45
 # bytes of voxels that are looked up at once to symmetrise a volume
@@ -59,7 +63,7 @@ class Plan:
 
 def make_plan(
     n_particles: int, box: int, device: torch.device, dtype: torch.dtype, *, map_box: int | None = None,
-    table: int = 0, noise: bool = False, limit: int = 0,
+    samples: int = 0, table: int = 0, noise: bool = False, limit: int = 0,
 ) -> Plan:  # fmt: skip
     """Divide the free memory beside the volumes: a quarter each for images, a batch, and a chunk or fine weights.
 
@@ -71,6 +75,8 @@ def make_plan(
         pixels, of the largest images.
     map_box
         pixels, of the maps; None: as the images.
+    samples
+        coarse samples of a particle that may be significant.
     table
         complex values in the largest table of coarse slices.
     noise
@@ -85,7 +91,8 @@ def make_plan(
     """
     width = torch.finfo(dtype).bits // 32
     free = memory.available(device, limit)
-    needs = {name: width * size * (map_box or box) ** 3 for name, size in BYTES_PER_VOXEL.items()}
+    needs = {name: width * size * ((map_box or box) + 2) ** 3 for name, size in BYTES_PER_VOXEL.items()}
+    needs["run"] += LISTS_BYTES[device.type]
     needs["iteration"] += width * BYTES_PER_SLICE_PIXEL * table
     needs["chunk"] += SYMMETRY_BYTES[device.type]
     # on a CPU larger batches than this gain nothing
@@ -96,6 +103,7 @@ def make_plan(
     # a batch also holds whole transforms of its images while it is prepared
     pixels = width * box * box // 2
     per_particle = (BYTES_PER_NOISE_PIXEL if noise else BYTES_PER_BATCH_PIXEL) * pixels
+    per_particle = max(per_particle, (BYTES_PER_SAMPLE + BYTES_WHILE_FOUND) * samples)
     batch = max(1, min(n_particles, quarter // per_particle))
     # larger chunks than this gain nothing: on a CPU they should stay near its caches
     largest = 2**21 if device.type == "cpu" else 2**27
@@ -106,11 +114,11 @@ def make_plan(
     cut = width * BYTES_WHILE_CUT[device.type] * max(table, trials)
     # the fine pass by dense matrix products holds slices of all orientations, too, as many as there may be weights
     fine = width * (BYTES_PER_FINE_WEIGHT + BYTES_WHILE_CUT[device.type]) * weights
-    work = max(width * BYTES_PER_CHUNK_ELEMENT * chunk, fine, cut)
+    work = max(width * BYTES_PER_CHUNK_ELEMENT * chunk, fine, cut, BYTES_WHILE_FOUND * samples * batch)
     plan = Plan(chunk, weights, batch, keep, needs)
     # what images, batches and chunks take beside the volumes; of images one batch is worked on and two are read ahead
     needs["run"] += image_bytes * (n_particles if keep else 3 * batch)
-    needs["batch"] = BYTES_PER_PREPARED_PIXEL * pixels * batch
+    needs["batch"] = (BYTES_PER_PREPARED_PIXEL * pixels + BYTES_PER_SAMPLE * samples) * batch
     needs["chunk"] = max(needs["chunk"], (BYTES_PER_BATCH_PIXEL - BYTES_PER_PREPARED_PIXEL) * pixels * batch + work)
     if sum(needs.values()) > free:
         raise InputError(

@@ -7,6 +7,7 @@ a grid that is finer than the data can tell apart; a last iteration joins the ha
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 PADDING = 2
 MASK_EDGE_PX = 5.0
 FSC_THRESHOLD = 0.143
+# within 3 sigma of a pose, sigma being a coarse step
+LOCAL_ORIENTATIONS = 200
 
 
 @dataclass(frozen=True)
@@ -216,13 +219,20 @@ class Refiner:
         self.mine = torch.arange(self.world.rank, len(particles), self.world.size)
         self.plan = make_plan(
             len(self.mine), max(o.box for o in self.optics), self.device, self.dtype, map_box=self.box,
-            table=self._largest_table(), noise=not options.zero_mask, limit=options.memory.limit_bytes(),
+            samples=self._most_samples(), table=self._largest_table(), noise=not options.zero_mask,
+            limit=options.memory.limit_bytes(),
         )  # fmt: skip
         log.info("plan: %s", self.plan)
         self.images = ParticleImages(particles, self.dtype, self.device, self.plan.keep_images)
         self.joined = None
         self.output = Output(Path(folder), particles, options, simulated) if folder is not None else None
         self.progress = progress
+
+    def _most_samples(self) -> int:
+        """Coarse samples of a particle that may be significant: all of the first grid, or of a local search."""
+        sampling = self.options.sampling
+        orientations = max(72 * 8**sampling.healpix_order / len(self.operators), LOCAL_ORIENTATIONS)
+        return math.ceil(orientations * math.pi * (sampling.offset_range / sampling.offset_step + 1) ** 2)
 
     def _largest_table(self) -> int:
         """Complex values in all coarse slices of a global search, at the finest grid there will be one."""

@@ -46,7 +46,7 @@ EVENTS = ("allocate", "release", "open", "close", "map", "unmap")
 
 _FLAGS = ("-std=c11", "-O2", "-fPIC", "-shared", "-fexceptions", "-pthread")
 _DRIVER = "libcuda.so.1"
-_EVENT = np.dtype(
+EVENT = np.dtype(
     [("seconds", "f8"), ("kind", "i4"), ("range", "i4"), *((name, "i8") for name in ("size", "top", "live", "block"))]
 )
 _SURVIVOR = np.dtype([("size", "i8"), ("where", "u8")])
@@ -293,7 +293,7 @@ class Arena:
     def events(self) -> np.ndarray:
         """Recorded events: seconds, kind (number in ``EVENTS``), range, size, the range's top and live bytes after it,
         and the number of the block (0: none)."""
-        events = np.empty(self._library.stack_events(self._handle, None, 0), _EVENT)
+        events = np.empty(self._library.stack_events(self._handle, None, 0), EVENT)
         self._library.stack_events(self._handle, events.ctypes.data, len(events))
         return events
 
@@ -358,6 +358,8 @@ def install(
 
 
 def _on_gpu(device: torch.device, limit: int, strict: bool) -> Arena:
+    if not torch.backends.cuda.is_built():
+        raise InputError("memory.allocator=stack: this PyTorch is built without CUDA; use device=cpu")
     if torch.cuda.is_initialized():
         raise InputError(
             "memory.allocator=stack: CUDA has started with PyTorch's allocator, and a process keeps its first; "
