@@ -289,3 +289,17 @@ def test_sweep(small_set: Callable) -> None:
     assert done.returncode == 0, done.stderr
     folders = sorted(path.name for path in Path("outputs/particles/run_sweep").iterdir() if path.is_dir())
     assert len(folders) == 2 and folders[0].endswith("seed=1") and folders[1].endswith("seed=2")
+
+
+def test_on_the_stack_with_a_trace(small_set: Callable) -> None:
+    small_set()
+    done = run("max_iterations=1", "memory.allocator=stack", "memory.strict=true", "memory.trace=true")
+    assert done.returncode == 0, done.stderr
+    assert "0 blocks outlived their scopes, which left 0.0 MiB behind" in done.stdout
+    assert {"memory.csv", "memory.png"} <= contents(RUN).keys()
+    # the same run may go on with another allocator; too little memory is said before it starts
+    again = run("max_iterations=1", "memory.limit=80MB")
+    assert again.returncode == 0, again.stderr
+    refused = run("max_iterations=1", "memory.limit=64MiB", "precision=double", "run_name=double")
+    assert refused.returncode == 1 and "GiB of memory are needed and 0.06 are there" in refused.stderr
+    assert "Traceback" not in refused.stderr

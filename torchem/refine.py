@@ -352,7 +352,7 @@ def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None
 
             memory_figure(state.folder, arena.events())
     if arena is not None:
-        log.info("memory: %s", arena.statistics())
+        log.info("memory: %s%s", arena.statistics(), memory.in_use(world.device))
 
 
 def _line(iteration: Iteration, job: Job) -> str:

@@ -7,6 +7,7 @@ import pytest
 from torchem.em.options import (
     DatasetOptions,
     DistributedOptions,
+    MemoryOptions,
     ReferenceOptions,
     RefineOptions,
     SamplingOptions,
@@ -65,6 +66,29 @@ def test_all_problems_at_once() -> None:
     with pytest.raises(InputError) as error:
         RefineOptions(tau2_fudge=-1, seed=-1, device="tpu").check()
     assert [line.split("=")[0] for line in str(error.value).split("\n")] == ["tau2_fudge", "seed", "device"]
+
+
+@pytest.mark.parametrize(
+    ("size", "n_bytes"),
+    [(None, 0), ("8GiB", 8 << 30), ("8 gib", 8 << 30), ("1.5G", 1_500_000_000), ("500MB", 5 * 10**8), ("9" * 8, 99999999)],
+)
+def test_size_of_memory(size: str | None, n_bytes: int) -> None:
+    assert MemoryOptions(limit=size).limit_bytes() == n_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (MemoryOptions(allocator="heap"), "memory.allocator=heap: must be one of torch, stack"),
+        (MemoryOptions(limit="8 apples"), "memory.limit=8 apples: must be a size"),
+        (MemoryOptions(limit="8"), "memory.limit=8: must be a size of at least 64MiB"),
+        (MemoryOptions(strict=True), "memory.strict=true: needs memory.allocator=stack"),
+        (MemoryOptions(trace=True), "memory.trace=true: needs memory.allocator=stack"),
+    ],
+)
+def test_memory_that_cannot_be(options: MemoryOptions, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RefineOptions(memory=options).check()
 
 
 @pytest.mark.parametrize(

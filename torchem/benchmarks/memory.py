@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from torchem.benchmarks.measure import DEVICE, Case, require_parity
-from torchem.benchmarks.refine import DATASETS, SIZES, make_refiner
+from torchem.benchmarks.refine import DATASETS, SIZES, make_refiner, particles_of
 from torchem.runtime import memory
 from torchem.runtime.memory import EVENTS
 
@@ -66,8 +66,9 @@ def rows(case: Case) -> Iterator[dict]:
     DATASETS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=DATASETS) as folder:
         path = str(Path(folder, "events.npy"))
-        with _process() as process:
-            process.submit(record, case, path).result()
+        for task in ((particles_of, case), (record, case, path)):
+            with _process() as process:
+                process.submit(*task).result()
         events = np.load(path)
         live = live_bytes(events)
         shared = {"n_particles": case.n_particles, "box": case.box, "requests": int((events["kind"] == ALLOCATE).sum())}
@@ -109,9 +110,10 @@ def check_parity() -> None:
     events["kind"], events["range"] = kinds, 1
     events["block"], events["size"] = [0, 1, 2, 1, 3, 2, 3, 0], [0, chunk, chunk, chunk, chunk, chunk, chunk, 0]
     require_parity("live bytes", abs(live_bytes(events) - 2 * chunk), 0)
-    for name, smallest in (("stack", 2 * chunk), ("list", 2 * chunk + 512)):
+    # the list passes over the hole that fits the third block exactly
+    for name, smallest in (("stack", 2 * chunk), ("list", 3 * chunk + 512)):
         found = [replay_in_c(events, name, 1.0, limit) for limit in (smallest, smallest - 512)]
-        require_parity(name, abs(found[0].completed - 1) + abs(found[1].completed - 0), 0)
+        require_parity(name, 0 if [outcome.completed for outcome in found] == [True, False] else 1, 0)
 
 
 def record(case: Case, path: str) -> None:

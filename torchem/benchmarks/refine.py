@@ -48,14 +48,19 @@ def make_refiner(case: Case) -> Refiner:
     """
     if case.n_orientations or case.n_shifts:
         raise InputError("n_orientations, n_shifts: a refinement chooses its own; give n_particles and box")
-    folder = DATASETS / f"bench_{case.n_particles}x{case.box}"
-    pixel_size = WIDTH_ANGST / case.box
-    if not (folder / "particles.star").is_file():
-        make_dataset(
-            folder, snr=0.05, n_particles=case.n_particles, box=case.box, pixel_size=pixel_size, symmetry=SYMMETRY,
-            device=DEVICE.type,
-        )  # fmt: skip
+    folder = particles_of(case)
     options = RefineOptions(precision=case.precision or "single", device=DEVICE.type)
     options.dataset.particle_diameter, options.dataset.symmetry = DIAMETER_ANGST, SYMMETRY
-    reference = read_reference(folder / "reference.mrc", case.box, pixel_size)
+    reference = read_reference(folder / "reference.mrc", case.box, WIDTH_ANGST / case.box)
     return Refiner(options, Particles.read(folder / "particles.star"), reference)
+
+
+def particles_of(case: Case) -> Path:
+    """The folder of the simulated particles, which are made on first use."""
+    folder = DATASETS / f"bench_{case.n_particles}x{case.box}"
+    if not (folder / "particles.star").is_file():
+        make_dataset(
+            folder, snr=0.05, n_particles=case.n_particles, box=case.box, pixel_size=WIDTH_ANGST / case.box,
+            symmetry=SYMMETRY, device=DEVICE.type,
+        )  # fmt: skip
+    return folder

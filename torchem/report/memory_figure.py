@@ -50,7 +50,7 @@ def memory_figure(folder: Path, events: np.ndarray) -> None:
     for mark in seconds[(events["kind"] == EVENTS.index("open")) & (events["range"] == LIFETIMES.index("iteration"))]:
         axes.axvline(mark, color="0.8", linewidth=0.6, zorder=0)
     axes.set_ylabel("MiB")
-    axes.legend(loc="upper left", fontsize="small", ncols=3)
+    figure.legend(loc="outside upper center", fontsize="small", ncols=6)
     holes.set_ylabel("holes, MiB")
     holes.set_xlabel("seconds (grey lines: iterations begin)")
     figure.savefig(folder / "memory.png", dpi=120)

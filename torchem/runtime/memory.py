@@ -392,7 +392,8 @@ def warm_up(device: torch.device) -> None:
     for dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float16):
         square = torch.ones((64, 64), dtype=dtype, device=device)
         square @ square
-        square.addmm(square, square)
+        torch.addmm(square[0], square, square)
+    torch.mm(square, square, out_dtype=torch.float32)
     torch.fft.rfftn(torch.ones((8, 8, 8), device=device))
 
 
@@ -442,6 +443,14 @@ def keep(value: T, name: str) -> T:
 def installed() -> Arena | None:
     """The arena that serves this process, if one does."""
     return _installed
+
+
+def in_use(device: torch.device) -> str:
+    """What the driver says of a GPU, for people; of a CPU nothing."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    return f"; the GPU has {_shown(total - free)} of {_shown(total)} in use, libraries and other programs included"
 
 
 def _shown(n_bytes: int) -> str:
