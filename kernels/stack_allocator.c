@@ -10,7 +10,6 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
-#include <errno.h>
 #include <link.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -927,8 +926,16 @@ static void host_free(void *start) {
     free(start);
 }
 
-static int take_over(struct dl_phdr_info *library, size_t size, void *changed) {
+/* addresses in libc10 that say where these functions are */
+typedef struct {
+    void **slots[16];
+    bool asks[16]; /* posix_memalign, else free */
+    int count;
+} Calls;
+
+static int find_calls(struct dl_phdr_info *library, size_t size, void *found) {
     (void)size;
+    Calls *calls = found;
     const char *name = strrchr(library->dlpi_name, '/');
     if (!name || strcmp(name, "/libc10.so")) return 0;
     const ElfW(Dyn) *entry = NULL;
@@ -948,26 +955,31 @@ static int take_over(struct dl_phdr_info *library, size_t size, void *changed) {
         if (entry->d_tag == DT_RELA) tables[1] = at;
         if (entry->d_tag == DT_RELASZ) sizes[1] = entry->d_un.d_val / sizeof(ElfW(Rela));
     }
-    if (!symbols || !names) return 0;
-    for (int t = 0; t < 2; t++)
-        for (size_t i = 0; tables[t] && i < sizes[t]; i++) {
+    for (int t = 0; t < 2 && symbols && names; t++)
+        for (size_t i = 0; tables[t] && i < sizes[t] && calls->count < 16; i++) {
             const char *called = names + symbols[ELF64_R_SYM(tables[t][i].r_info)].st_name;
             bool asks = !strcmp(called, "posix_memalign");
             if (!asks && strcmp(called, "free")) continue;
-            char *slot = (char *)library->dlpi_addr + tables[t][i].r_offset;
-            size_t page = (size_t)sysconf(_SC_PAGESIZE);
-            char *first = slot - (uintptr_t)slot % page;
-            if (mprotect(first, (size_t)(slot - first) + sizeof(void *), PROT_READ | PROT_WRITE)) continue;
-            *(void **)slot = asks ? (void *)(uintptr_t)host_memalign : (void *)(uintptr_t)host_free;
-            *(int *)changed |= asks ? 1 : 2;
+            calls->slots[calls->count] = (void **)(library->dlpi_addr + tables[t][i].r_offset);
+            calls->asks[calls->count++] = asks;
         }
     return 1;
 }
 
 /* serve PyTorch's requests for host memory, too; -1 where this libc10 makes them in another way */
 int stack_serve_host(Arena *arena) {
-    int changed = 0;
+    Calls calls = {.count = 0};
+    int kinds = 0;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    dl_iterate_phdr(find_calls, &calls);
+    for (int i = 0; i < calls.count; i++) {
+        char *slot = (char *)calls.slots[i], *first = slot - (uintptr_t)slot % page;
+        if (mprotect(first, (size_t)(slot - first) + sizeof(void *), PROT_READ | PROT_WRITE)) return -1;
+        kinds |= calls.asks[i] ? 1 : 2;
+    }
+    if (kinds != 3) return -1;
     served = arena;
-    dl_iterate_phdr(take_over, &changed);
-    return changed == 3 ? 0 : -1;
+    for (int i = 0; i < calls.count; i++)
+        *calls.slots[i] = (void *)(calls.asks[i] ? (uintptr_t)host_memalign : (uintptr_t)host_free);
+    return 0;
 }

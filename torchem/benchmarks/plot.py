@@ -6,9 +6,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# axes from left to right: iterations, sizes; else the kind of arithmetic
-AXES = ("iteration", "n_orientations", "box", "n_particles", "n_shifts", "precision")
-LINES = ("operation", "stage", "precision", "backend", "deterministic", "device")
+# axes from left to right: iterations, sizes; else kinds of arithmetic or memory
+AXES = ("iteration", "n_orientations", "box", "n_particles", "n_shifts", "precision", "allocator")
+KINDS = ("precision", "allocator")
+LINES = ("operation", "stage", "allocator", "precision", "backend", "deterministic", "device")
 
 
 def draw(table: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
@@ -26,9 +27,9 @@ def draw(table: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
             for key, part in table.groupby(lines) if lines else [((), table)]:
                 last = part.drop_duplicates(axis, keep="last").sort_values(axis, kind="stable")
                 label = " ".join([*([name] if together else []), *map(str, key)])
-                axes.plot(last[axis], last[name], "o" if axis == "precision" else "o-", label=label, alpha=0.7)
+                axes.plot(last[axis], last[name], "o" if axis in KINDS else "o-", label=label, alpha=0.7)
         axes.set_xlabel(axis)
-        if axis != "precision":
+        if axis not in KINDS:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("MB" if together else names[0])
         if together:
