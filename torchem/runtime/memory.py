@@ -411,6 +411,7 @@ def available(device: torch.device, limit: int = 0) -> int:
         limit = limit or _installed.limit
     elif device.type == "cuda":
         taken = torch.cuda.memory_allocated(device)
+        free += torch.cuda.memory_reserved(device) - taken
     if device.type == "cuda":
         free = max(0, free - _LIBRARIES)
     return min(free, limit - taken) if limit else free
