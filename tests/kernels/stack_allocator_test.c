@@ -265,7 +265,8 @@ int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "";
     if (!strcmp(what, "programs")) {
         double peaks[3] = {0, 0, 0};
-        for (int seed = 0; seed < atoi(argv[2]); seed++) program((uint64_t)seed, peaks);
+        uint64_t first = argc > 3 ? strtoull(argv[3], NULL, 10) : 0;
+        for (int i = 0; i < atoi(argv[2]); i++) program(first + (uint64_t)i, peaks);
         printf("%.3f %.3f\n", peaks[0] / peaks[1], peaks[2] / peaks[1]);
     } else if (!strcmp(what, "threads")) threads();
     else if (!strcmp(what, "timing")) timing();

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -172,9 +172,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 ADDRESS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-def test_programs_under_sanitizers(build: Callable[..., str]) -> None:
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(first=st.integers(0, 2**63))
+def test_programs_under_sanitizers(build: Callable[..., str], first: int) -> None:
     program = build("stack_allocator_test.c", *ADDRESS)
-    done = subprocess.run([program, "programs", "150"], capture_output=True, text=True)
+    done = subprocess.run([program, "programs", "10", str(first)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

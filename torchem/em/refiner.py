@@ -7,7 +7,6 @@ a grid that is finer than the data can tell apart; a last iteration joins the ha
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -230,9 +229,11 @@ class Refiner:
 
     def _most_samples(self) -> int:
         """Coarse samples of a particle that may be significant: all of the first grid, or of a local search."""
-        sampling = self.options.sampling
-        orientations = max(72 * 8**sampling.healpix_order / len(self.operators), LOCAL_ORIENTATIONS)
-        return math.ceil(orientations * math.pi * (sampling.offset_range / sampling.offset_step + 1) ** 2)
+        s = self.options.sampling
+        steps = s.offset_range / s.offset_step
+        axis = torch.arange(-int(steps), int(steps) + 1)
+        shifts = int((axis[:, None] ** 2 + axis**2 <= steps**2 + 0.001).sum())
+        return max(72 * 8**s.healpix_order // len(self.operators), LOCAL_ORIENTATIONS) * shifts
 
     def _largest_table(self) -> int:
         """Complex values in all coarse slices of a global search, at the finest grid there will be one."""
