@@ -98,9 +98,10 @@ class Refiner:
     ) -> None:  # fmt: skip
         self._set_up(options, particles, mask, folder, world, simulated, progress)
         with memory.scope("chunk"):
-            start = torch.tensor(reference, dtype=self.dtype, device=self.device)
-            self.state = memory.keep(initial_state(options, particles, self.images, start, self.diameter), "run")
-            del start
+            self.state = memory.keep(initial_state(
+                options, particles, self.images, torch.tensor(reference, dtype=self.dtype, device=self.device),
+                self.diameter,
+            ), "run")  # fmt: skip
         self.grid = Grid(self.state.sampling, self.device)
         self._write()
 
