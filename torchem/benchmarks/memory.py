@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -73,33 +74,39 @@ def rows(case: Case) -> Iterator[dict]:
         live = live_bytes(events)
         shared = {"n_particles": case.n_particles, "box": case.box, "requests": int((events["kind"] == ALLOCATE).sum())}
         for name in ("stack", "list", *(("caching", "expandable") if DEVICE.type == "cuda" else ())):
-            segments = f"expandable_segments:{name == 'expandable'}"
-            with _process(segments) as process:
-                timed = process.submit(time_torch, path, name).result() if name != "list" else (None, None)
+            yield shared | {"allocator": name} | _measured(name, events, path, live, case.box)
 
-            with _process(segments) as process:
 
-                def torch_replay(*given: Any, process: ProcessPoolExecutor = process) -> Outcome:
-                    return process.submit(replay_torch, path, *given).result()
+def _measured(name: str, events: np.ndarray, path: str, live: int, box: int) -> dict:
+    """What one allocator makes of the sequence."""
+    segments = f"expandable_segments:{name == 'expandable'}"
+    in_c, empty = {}, {}
+    if name != "list":
+        with _process(segments) as process:
+            request, release = process.submit(time_torch, path, name).result()
+        empty = {"torch_empty_us": request, "torch_release_us": release}
+    with _process(segments) as process:
+        if name in ("stack", "list"):
+            replay: Replay = partial(replay_in_c, events, name)
+            request, release = _times_in_c(events, name)
+            in_c = {"request_us": request, "release_us": release}
+        else:
 
-                def own_replay(*given: Any, name: str = name) -> Outcome:
-                    return replay_in_c(events, name, *given)
+            def replay(*given: Any) -> Outcome:
+                return process.submit(replay_torch, path, *given).result()
 
-                replay = own_replay if name in ("stack", "list") else torch_replay
-                free = replay(1.0, 4 * live)
-                limit = smallest_limit(replay, live)
-                room = int(ROOM * live)
-                probed = replay(1.0, room, True)
-            request, release = _times_in_c(events, name) if name in ("stack", "list") else (None, None)
-            yield shared | {
-                "allocator": name, "live_mb": live / 1e6, "reserved_mb": free.reserved / 1e6,
-                "waste_mb": (free.reserved - live) / 1e6,
-                "smallest_limit_mb": None if limit is None else limit / 1e6,
-                "limit_of_live": None if limit is None else limit / live,
-                "largest_mb": probed.largest / 1e6 if probed.completed and probed.largest is not None else None,
-                "largest_box": largest_box(replay, room, case.box),
-                "request_us": request, "release_us": release, "torch_empty_us": timed[0], "torch_release_us": timed[1],
-            }  # fmt: skip
+        plenty = replay(1.0, 4 * live)
+        limit = smallest_limit(replay, live)
+        room = int(ROOM * live)
+        probed = replay(1.0, room, True)
+        reached = largest_box(replay, room, box)
+    return {
+        "live_mb": live / 1e6, "reserved_mb": plenty.reserved / 1e6, "waste_mb": (plenty.reserved - live) / 1e6,
+        "smallest_limit_mb": None if limit is None else limit / 1e6,
+        "limit_of_live": None if limit is None else limit / live,
+        "largest_mb": probed.largest / 1e6 if probed.completed and probed.largest is not None else None,
+        "largest_box": reached, **dict.fromkeys(("request_us", "release_us", "torch_empty_us", "torch_release_us")),
+    } | in_c | empty  # fmt: skip
 
 
 def check_parity() -> None:
