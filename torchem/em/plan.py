@@ -105,10 +105,12 @@ def make_plan(
     per_particle = (BYTES_PER_NOISE_PIXEL if noise else BYTES_PER_BATCH_PIXEL) * pixels
     per_particle = max(per_particle, (BYTES_PER_SAMPLE + BYTES_WHILE_FOUND) * samples)
     batch = max(1, min(n_particles, quarter // per_particle))
-    # larger chunks than this gain nothing: on a CPU they should stay near its caches
-    largest = 2**21 if device.type == "cpu" else 2**27
-    chunk = max(2**16, min(largest, quarter // (BYTES_PER_CHUNK_ELEMENT * width)))
-    weights = max(2**16, min(2**28, quarter // (BYTES_PER_FINE_WEIGHT * width)))
+    # more than this gains nothing: on a CPU it should stay near the caches
+    most_chunk, most_weights = (2**21, 2**24) if device.type == "cpu" else (2**27, 2**28)
+    chunk = max(2**16, min(most_chunk, quarter // (BYTES_PER_CHUNK_ELEMENT * width)))
+    weights = max(2**16, min(most_weights, quarter // (BYTES_PER_FINE_WEIGHT * width)))
+    # a run that goes on later, or on another allocator, finds about as much memory, and then sums up in the same order
+    chunk, weights, batch = _power_of_two(chunk), _power_of_two(weights), _power_of_two(batch, n_particles)
     # a table of slices, or as many as tell how accurate poses can be
     trials = min(TRIALS, ERRORS * ACCURACY_PARTICLES * box * box // 2)
     cut = width * BYTES_WHILE_CUT[device.type] * max(table, trials)
@@ -126,3 +128,8 @@ def make_plan(
             "take a device with more, a larger memory.limit, or particles of a smaller box"
         )
     return plan
+
+
+def _power_of_two(size: int, most: int | None = None) -> int:
+    """The largest power of two up to `size`; `most` itself where that is what fits."""
+    return size if size == most else 2 ** (size.bit_length() - 1)
