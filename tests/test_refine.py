@@ -271,7 +271,9 @@ def test_interrupted_run_goes_on_to_the_same_files(small_set: Callable, tmp_path
 def test_two_processes_are_one_run(small_set: Callable) -> None:
     small_set()
     two = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m")
-    done = run("max_iterations=3", "precision=double", "run_name=two", prefix=two)
+    # strictly in its scopes: the threads that talk to other processes hold nothing that ends before they let it go
+    stack = ("memory.allocator=stack", "memory.strict=true")
+    done = run("max_iterations=3", "precision=double", "run_name=two", *stack, prefix=two)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("iteration 1: ") == 1
     assert run("max_iterations=3", "precision=double", "run_name=one").returncode == 0

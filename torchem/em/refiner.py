@@ -186,6 +186,9 @@ class Refiner:
         with memory.scope("chunk"):
             self.joined = memory.keep(self._maximization(sums, cross_correlation), "run")
             memory.keep(state.halves, "run")
+        for half in state.halves:
+            # only what stays for longer: the thread that sends holds it for a moment after the call
+            self.world.broadcast_(half.references)
         schedule.update_changes(state, old_euler, old_offsets, self.operators.cpu())
 
     # start
@@ -347,7 +350,6 @@ class Refiner:
         for model in state.halves:
             if not state.converged:
                 model.references = model.references * self.mask
-            self.world.broadcast_(model.references)
         return joined
 
     def _filter_again(self) -> None:
