@@ -80,7 +80,9 @@ def test_hermitian_plane(ndim: int) -> None:
     shape = volume_shape(3, 2, ndim)
     data = torch.randn(shape, generator=generator, dtype=torch.complex128)
     weight = torch.rand(shape, generator=generator, dtype=torch.float64)
-    for before, after in zip((data, weight), make_hermitian(data, weight), strict=True):
+    whole = data.clone(), weight.clone()
+    make_hermitian(*whole)
+    for before, after in zip((data, weight), whole, strict=True):
         plane, axes = after[..., 0], tuple(range(ndim - 1))
         origin = (shape[0] // 2,) * (ndim - 1)
         expected = before[..., 0] + before[..., 0].flip(axes).conj()

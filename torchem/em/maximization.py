@@ -104,7 +104,7 @@ def update_classes(model: Model, sums: Sums, operators: Tensor, padding: int, r_
         sum_ = Backprojection.of(sums.data[k], sums.weight[k], operators, padding, model.box)
         volume = fourier_volume(reference, r_max, padding)
         spectrum = Backprojection(volume, squared_magnitude(volume), padding, model.box)
-        model.tau2[k] = spectrum.voxels.shell_mean(spectrum.weights(), spectrum.shells, border=True) / 2
+        model.tau2[k] = spectrum.voxels.shell_mean(spectrum.weights, spectrum.shells, border=True) / 2
         model.sigma2[k] = sum_.noise_power()
         model.fourier_coverage[k], model.data_vs_prior[k] = sum_.coverage(model.tau2[k], tau2_fudge)
         references.append(sum_.reconstruct(model.tau2[k], tau2_fudge))

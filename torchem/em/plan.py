@@ -16,8 +16,9 @@ BYTES_PER_BATCH_PIXEL, BYTES_PER_NOISE_PIXEL = 120, 220
 BYTES_PER_PREPARED_PIXEL = 20
 # bytes held for each value of a table of slices, and while it is cut
 BYTES_PER_SLICE_PIXEL, BYTES_WHILE_CUT = 24, {"cpu": 24, "cuda": 56}
-# bytes for each voxel of a map at Nyquist, padding 2: maps and voxel lists; volume and both halves' sums; the M-step
-BYTES_PER_VOXEL = {"run": 70, "iteration": 150, "chunk": 520}
+# bytes for each voxel of a map at Nyquist, padding 2: maps and voxel lists; volume and both halves' sums; the M-step,
+# and what it takes more for copies by symmetry
+BYTES_PER_VOXEL, BYTES_OF_COPIES = {"run": 70, "iteration": 150, "chunk": 215}, 105
 # bytes for each significant coarse sample of a batch, and while they are found
 BYTES_PER_SAMPLE, BYTES_WHILE_FOUND = 28, 64
 # lists of pixels, grids of samples; on a GPU also what its libraries keep for products
@@ -63,7 +64,7 @@ class Plan:
 
 def make_plan(
     n_particles: int, box: int, device: torch.device, dtype: torch.dtype, *, map_box: int | None = None,
-    samples: int = 0, table: int = 0, noise: bool = False, limit: int = 0,
+    symmetric: bool = False, samples: int = 0, table: int = 0, noise: bool = False, limit: int = 0,
 ) -> Plan:  # fmt: skip
     """Divide the free memory beside the volumes: a quarter each for images, a batch, and a chunk or fine weights.
 
@@ -75,6 +76,8 @@ def make_plan(
         pixels, of the largest images.
     map_box
         pixels, of the maps; None: as the images.
+    symmetric
+        the point group is not C1.
     samples
         coarse samples of a particle that may be significant.
     table
@@ -91,7 +94,9 @@ def make_plan(
     """
     width = torch.finfo(dtype).bits // 32
     free = memory.available(device, limit)
-    needs = {name: width * size * ((map_box or box) + 2) ** 3 for name, size in BYTES_PER_VOXEL.items()}
+    voxels = width * ((map_box or box) + 2) ** 3
+    needs = {name: size * voxels for name, size in BYTES_PER_VOXEL.items()}
+    needs["chunk"] += BYTES_OF_COPIES * voxels * symmetric
     needs["run"] += LISTS_BYTES[device.type]
     needs["iteration"] += width * BYTES_PER_SLICE_PIXEL * table
     needs["chunk"] += SYMMETRY_BYTES[device.type]

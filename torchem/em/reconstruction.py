@@ -5,6 +5,7 @@ in its order and with its constants; no iterative gridding.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +24,8 @@ from torchem.imaging.projection import (
 )
 from torchem.runtime import memory
 
+# voxels of which something is computed at once
+PIECE = 2**22
 # no prior below this shell: the lowest frequencies are trusted as they are
 FIRST_REGULARISED_SHELL = 5
 # weights are not taken below this share of the mean of their shell
@@ -56,30 +59,43 @@ class Voxels:
         radius2, order = radius2[inside].sort(stable=True)
         return memory.keep(Voxels(r_max, inside[order], radius2.double().sqrt() / padding), "run")
 
+    def pieces(self) -> Iterator["Voxels"]:
+        """The same voxels, so many at once that what is computed of them takes little memory."""
+        for start in range(0, len(self.index), PIECE):
+            part = slice(start, start + PIECE)
+            yield Voxels(self.r_max, self.index[part], self.radius[part])
+
     def nearest(self) -> Tensor:
         """`(v,)` int64: the shell that each is nearest to."""
         return torch.floor(self.radius + 0.5).long()
 
     def shell_sums(
-        self, values: Tensor, shells: int, rounded: bool = True, border: bool = False
+        self, values: Callable[["Voxels"], Tensor], shells: int, rounded: bool = True, border: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Sums over the voxels of each shell inside r_max, and how many they are, `(shells,)` both.
 
         Parameters
         ----------
         values
-            `(v,)`.
+            gives those of a piece of the voxels `(v,)`.
         rounded
             a voxel belongs to the nearest shell, else to the one below.
         border
             voxels at r_max itself are counted; not, as a rule, in RELION.
         """
-        starts = torch.arange(shells + 1, dtype=torch.float64, device=values.device) - (0.5 if rounded else 0.0)
+        starts = torch.arange(shells + 1, dtype=torch.float64, device=self.radius.device) - (0.5 if rounded else 0.0)
         end = torch.searchsorted(self.radius, self.r_max, right=border)
         offsets = torch.searchsorted(self.radius, starts).clamp(max=end)
-        return torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True, initial=0), offsets.diff()
+        sums, start = torch.zeros_like(starts[:-1]), 0
+        for piece in self.pieces():
+            here = (offsets - start).clamp(0, len(piece.index))
+            sums += torch.segment_reduce(values(piece).double(), "sum", offsets=here, unsafe=True, initial=0)
+            start += len(piece.index)
+        return sums, offsets.diff()
 
-    def shell_mean(self, values: Tensor, shells: int, rounded: bool = True, border: bool = False) -> Tensor:
+    def shell_mean(
+        self, values: Callable[["Voxels"], Tensor], shells: int, rounded: bool = True, border: bool = False
+    ) -> Tensor:
         """Mean in place of :meth:`shell_sums`; 0 in empty shells."""
         sums, counts = self.shell_sums(values, shells, rounded, border)
         return sums / counts.clamp(min=1)
@@ -108,8 +124,8 @@ class Backprojection:
 
     @staticmethod
     def of(data: Tensor, weight: Tensor, operators: Tensor, padding: int, box: int) -> "Backprojection":
-        """Finish what the E-step summed: conjugate mates, then the point group's copies (3D)."""
-        data, weight = make_hermitian(data, weight)
+        """Finish what the E-step summed, in place: conjugate mates, then the point group's copies (3D)."""
+        make_hermitian(data, weight)
         if len(operators) > 1:
             data, weight = symmetrise(data, weight, operators, data.shape[0] // 2 - 1)
         return Backprojection(data, weight, padding, box)
@@ -117,13 +133,13 @@ class Backprojection:
     def __add__(self, other: "Backprojection") -> "Backprojection":
         return Backprojection(self.data + other.data, self.weight + other.weight, self.padding, self.box)
 
-    def weights(self) -> Tensor:
-        """The weight of each of the :attr:`voxels`, `(v,)` double."""
-        return self.weight.flatten()[self.voxels.index].double()
+    def weights(self, voxels: Voxels) -> Tensor:
+        """The weight of each voxel, `(v,)` double."""
+        return self.weight.view(-1)[voxels.index].double()
 
-    def numerators(self) -> Tensor:
-        """The data of each of the :attr:`voxels`, `(v,)` complex double."""
-        return self.data.flatten()[self.voxels.index].to(torch.complex128)
+    def numerators(self, voxels: Voxels) -> Tensor:
+        """The data of each voxel, `(v,)` complex double."""
+        return self.data.view(-1)[voxels.index].to(torch.complex128)
 
     def reconstruct(self, tau2: Tensor | None = None, tau2_fudge: float = 1.0) -> Tensor:
         """The map: data / (weight + 1/(p^d·fudge·τ²)), back in real space.
@@ -137,33 +153,42 @@ class Backprojection:
         -------
         `(box, box, box)` or `(box, box)` real.
         """
-        voxels = self.voxels
-        weight = self.weights()
+        prior = torch.zeros(self.shells, dtype=torch.float64, device=self.weight.device)
         if tau2 is not None:
             prior = torch.where(tau2 > 0, 1 / (self.padding**self.data.ndim * tau2_fudge * tau2), torch.inf)
             prior[:FIRST_REGULARISED_SHELL] = 0
-            weight = weight + torch.where(voxels.radius < self.r_max, prior[voxels.nearest()], 0.0)
-        finite = torch.where(torch.isfinite(weight), weight, 0.0)
-        mean = voxels.shell_mean(finite, self.shells, rounded=False)
-        weight = torch.maximum(weight, WEIGHT_FLOOR * mean[voxels.radius.long().clamp(max=self.r_max - 1)])
-        usable = weight > 0
-        quotient = torch.where(usable, self.numerators() / torch.where(usable, weight, 1.0), 0.0)
+
+        def regularised(voxels: Voxels) -> Tensor:
+            return self.weights(voxels) + torch.where(voxels.radius < self.r_max, prior[voxels.nearest()], 0.0)
+
+        def finite(voxels: Voxels) -> Tensor:
+            weight = regularised(voxels)
+            return torch.where(torch.isfinite(weight), weight, 0.0)
+
+        floor = WEIGHT_FLOOR * self.voxels.shell_mean(finite, self.shells, rounded=False)
         volume = torch.zeros_like(self.data)
-        volume.view(-1)[voxels.index] = quotient.to(volume.dtype)
+        for voxels in self.voxels.pieces():
+            weight = torch.maximum(regularised(voxels), floor[voxels.radius.long().clamp(max=self.r_max - 1)])
+            usable = weight > 0
+            quotient = torch.where(usable, self.numerators(voxels) / torch.where(usable, weight, 1.0), 0.0)
+            volume.view(-1)[voxels.index] = quotient.to(volume.dtype)
         map_ = remove_outside(real_space_map(volume, self.box, self.padding), self.box / 2)
         return map_ / gridding_correction(self.box, self.padding, map_.ndim, map_.dtype, map_.device)
 
     def noise_power(self) -> Tensor:
         """σ²(s) = 1 / mean of p^d·weight over the shell; 0 where nothing was measured."""
-        mean = self.voxels.shell_mean(self.weights(), self.shells) * self.padding**self.data.ndim
+        mean = self.voxels.shell_mean(self.weights, self.shells) * self.padding**self.data.ndim
         return torch.where(mean > 1e-10, 1 / mean.clamp(min=1e-300), 0.0)
 
     def coverage(self, tau2: Tensor, tau2_fudge: float) -> tuple[Tensor, Tensor]:
         """Share of each shell where the data outweigh the prior, and the mean ratio of the two."""
         prior = torch.where(tau2 > 0, 1 / (tau2_fudge * tau2), torch.inf)
-        ratio = self.weights() * self.padding**self.data.ndim / prior[self.voxels.nearest()]
-        covered, mean = (self.voxels.shell_mean(values, self.shells) for values in ((ratio >= 1).double(), ratio))
-        return covered, mean
+
+        def ratio(voxels: Voxels) -> Tensor:
+            return self.weights(voxels) * self.padding**self.data.ndim / prior[voxels.nearest()]
+
+        covered = self.voxels.shell_mean(lambda voxels: ratio(voxels) >= 1, self.shells)
+        return covered, self.voxels.shell_mean(ratio, self.shells)
 
 
 def join_low_resolution(first: Backprojection, second: Backprojection, shell: float) -> None:
@@ -186,27 +211,40 @@ def fourier_shell_correlation_of_sums(first: Backprojection, second: Backproject
     """
     r_max, ndim, device = first.r_max, first.data.ndim, first.data.device
     shape, cells = volume_shape(r_max, 1, ndim), Voxels.of(r_max, 1, ndim, device)
-    # the cell of each padded voxel, axis by axis, x last and not centred
-    cell = torch.zeros_like(first.voxels.index)
-    for axis, stride in enumerate(first.data.stride()):  # torch.unravel_index would import SymPy
-        centred = axis < ndim - 1
-        position = first.voxels.index // stride % first.data.shape[axis]
-        k = (position - first.data.shape[0] // 2 * centred).double() / first.padding
-        k = (torch.sign(k) * torch.floor(k.abs() + 0.5)).long()
-        cell = cell * shape[axis] + k + shape[0] // 2 * centred
+
+    def cell_of(voxels: Voxels) -> Tensor:
+        # of each padded voxel, axis by axis, x last and not centred
+        cell = torch.zeros_like(voxels.index)
+        for axis, stride in enumerate(first.data.stride()):  # torch.unravel_index would import SymPy
+            centred = axis < ndim - 1
+            position = voxels.index // stride % first.data.shape[axis]
+            k = (position - first.data.shape[0] // 2 * centred).double() / first.padding
+            k = (torch.sign(k) * torch.floor(k.abs() + 0.5)).long()
+            cell = cell * shape[axis] + k + shape[0] // 2 * centred
+        return cell
 
     def averaged(half: Backprojection) -> Tensor:
-        data, weight = (
-            torch.zeros(math.prod(shape), dtype=values.dtype, device=device).index_add_(0, cell, values)[cells.index]
-            for values in (half.numerators(), half.weights())
-        )
+        data = torch.zeros(math.prod(shape), dtype=torch.complex128, device=device)
+        weight = torch.zeros(math.prod(shape), dtype=torch.float64, device=device)
+        for voxels in half.voxels.pieces():
+            cell = cell_of(voxels)
+            data.index_add_(0, cell, half.numerators(voxels))
+            weight.index_add_(0, cell, half.weights(voxels))
         return torch.where(weight > 0, data / weight.clamp(min=1e-300), 0.0)
 
     a, b = averaged(first), averaged(second)
+
+    def cross_power(voxels: Voxels) -> Tensor:
+        return (a[voxels.index] * b[voxels.index].conj()).real
+
     cross, power_a, power_b = (
         cells.shell_sums(values, first.shells, border=True)[0]
-        for values in ((a * b.conj()).real, squared_magnitude(a), squared_magnitude(b))
-    )
+        for values in (
+            cross_power,
+            lambda voxels: squared_magnitude(a[voxels.index]),
+            lambda voxels: squared_magnitude(b[voxels.index]),
+        )
+    )  # fmt: skip
     power = power_a * power_b
     fsc = torch.where(power > 0, cross / power.clamp(min=1e-300).sqrt(), 0.0)
     fsc[0] = 1

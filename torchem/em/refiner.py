@@ -222,8 +222,8 @@ class Refiner:
         self.mine = torch.arange(self.world.rank, len(particles), self.world.size)
         self.plan = make_plan(
             len(self.mine), max(o.box for o in self.optics), self.device, self.dtype, map_box=self.box,
-            samples=self._most_samples(), table=self._largest_table(), noise=not options.zero_mask,
-            limit=options.memory.limit_bytes(),
+            symmetric=len(self.operators) > 1, samples=self._most_samples(), table=self._largest_table(),
+            noise=not options.zero_mask, limit=options.memory.limit_bytes(),
         )  # fmt: skip
         log.info("plan: %s", self.plan)
         self.images = ParticleImages(particles, self.dtype, self.device, self.plan.keep_images)

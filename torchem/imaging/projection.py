@@ -23,11 +23,11 @@ def volume_shape(r_max: int, padding: int, ndim: int) -> tuple[int, ...]:
 
 
 def volume_radius2(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Squared distance of each voxel of a Fourier volume from its origin, padded pixels, int64."""
+    """Squared distance of each voxel of a Fourier volume from its origin, padded pixels, int32."""
     half = shape[0] // 2
-    axes = [torch.arange(-half, half + 1, device=device) ** 2 for _ in shape[:-1]]
-    axes.append(torch.arange(half + 1, device=device) ** 2)
-    radius2 = torch.zeros(shape, dtype=torch.int64, device=device)
+    axes = [torch.arange(-half, half + 1, dtype=torch.int32, device=device) ** 2 for _ in shape[:-1]]
+    axes.append(torch.arange(half + 1, dtype=torch.int32, device=device) ** 2)
+    radius2 = torch.zeros(shape, dtype=torch.int32, device=device)
     for i, axis in enumerate(axes):
         radius2 += axis.reshape(-1, *([1] * (len(shape) - 1 - i)))
     return radius2
@@ -88,28 +88,26 @@ def real_space_map(volume: Tensor, box: int, padding: int) -> Tensor:
     rows = torch.arange(-half, half + 1, device=volume.device) % (padding * box)
     index = [rows.reshape(-1, *([1] * (ndim - 1 - axis))) for axis in range(ndim - 1)]
     padded[(*index, torch.arange(half + 1, device=volume.device))] = volume
-    axes = tuple(range(ndim))
-    real = torch.fft.fftshift(torch.fft.irfftn(padded, s=(padding * box,) * ndim, dim=axes, norm="forward"), dim=axes)
-    before = padding * box // 2 - box // 2
-    inside = slice(before, before + box)
-    return real[(inside,) * ndim] * float(box**2 / (padding * box) ** ndim)
+    real = torch.fft.irfftn(padded, s=(padding * box,) * ndim, norm="forward")
+    del padded
+    # the box around the origin, which is the first voxel
+    inside = torch.arange(-(box // 2), box - box // 2, device=volume.device) % (padding * box)
+    for axis in range(ndim):
+        real = real.index_select(axis, inside)
+    return real * float(box**2 / (padding * box) ** ndim)
 
 
-def make_hermitian(volume: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Add each point of the plane x = 0 to its conjugate mate: back-projected half slices fill either of the two.
+def make_hermitian(volume: Tensor, weight: Tensor) -> None:
+    """Add each point of the plane x = 0 to its conjugate mate, in place: back-projected slices fill either of both.
 
     The origin, its own mate, is added once.
     """
     axes = tuple(range(volume.ndim - 1))
     origin = (*(half // 2 for half in volume.shape[:-1]), 0)
-    mates = []
     for values in (volume, weight):
-        plane = values[..., 0].clone()
-        values = values.clone()
-        values[..., 0] += plane.flip(axes).conj()
-        values[origin] = plane[origin[:-1]]
-        mates.append(values)
-    return mates[0], mates[1]
+        alone = values[origin].clone()
+        values[..., 0] += values[..., 0].flip(axes).conj()
+        values[origin] = alone
 
 
 def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -> tuple[Tensor, Tensor]:
