@@ -58,11 +58,17 @@ def make_plan(n_particles: int, box: int, device: torch.device, dtype: torch.dty
     # a batch also holds whole transforms of its images while it is prepared
     per_particle = (BYTES_PER_BATCH_PIXEL * box * box // 2) * width
     batch = max(1, min(n_particles, quarter // per_particle))
-    # larger chunks than this gain nothing: on a CPU they should stay near its caches
-    largest = 2**21 if device.type == "cpu" else 2**27
-    chunk = max(2**16, min(largest, quarter // (BYTES_PER_CHUNK_ELEMENT * width)))
-    weights = max(2**16, min(2**28, quarter // (BYTES_PER_FINE_WEIGHT * width)))
-    return Plan(chunk_elements=chunk, fine_weights=weights, batch_particles=batch, keep_images=keep)
+    # more than this gains nothing: on a CPU it should stay near the caches
+    most_chunk, most_weights = (2**21, 2**24) if device.type == "cpu" else (2**27, 2**28)
+    chunk = max(2**16, min(most_chunk, quarter // (BYTES_PER_CHUNK_ELEMENT * width)))
+    weights = max(2**16, min(most_weights, quarter // (BYTES_PER_FINE_WEIGHT * width)))
+    # a run that goes on later finds about as much memory, and then sums up in the same order
+    return Plan(_power_of_two(chunk), _power_of_two(weights), _power_of_two(batch, n_particles), keep)
+
+
+def _power_of_two(size: int, most: int | None = None) -> int:
+    """The largest power of two up to `size`; `most` itself where that is what fits."""
+    return size if size == most else 2 ** (size.bit_length() - 1)
 
 
 def _free_bytes(device: torch.device) -> int:
