@@ -1,5 +1,7 @@
 """The significant samples against a plain sort."""
 
+from itertools import accumulate
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchem.ops.significant import row_logsumexp, significant_samples
+from torchem.ops import significant
+from torchem.ops.significant import posterior, row_logsumexp, significant_of_rows
 
 
 def sorted_set(log_weights: np.ndarray, log_total: float, fraction: float) -> np.ndarray:
@@ -19,14 +22,11 @@ def sorted_set(log_weights: np.ndarray, log_total: float, fraction: float) -> np
 
 
 def by_rows(rows: list[list[float]], fraction: float = 0.999, dtype: torch.dtype = torch.float64) -> list[list[bool]]:
-    """The marks of a ragged list, its samples in a mixed order."""
-    numbers = torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])
-    values = torch.tensor([v for row in rows for v in row], dtype=dtype)
-    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
-    _, totals = row_logsumexp(values, numbers, len(rows))
-    marks = torch.empty(len(values), dtype=torch.bool)
-    marks[order] = significant_samples(values[order], numbers[order], totals, fraction)
-    return [part.tolist() for part in marks.split([len(row) for row in rows])]
+    """The marks of a ragged list."""
+    sizes = [len(row) for row in rows]
+    first = torch.tensor([0, *accumulate(sizes)])
+    found = posterior(torch.tensor([v for row in rows for v in row], dtype=dtype), first, fraction)
+    return [part.tolist() for part in (found.kept > 0).split(sizes)]
 
 
 def test_takes_the_heaviest_until_the_fraction_is_passed() -> None:
@@ -41,31 +41,42 @@ def test_ties_with_the_last_one_are_kept() -> None:
     assert by_rows([[3.0] * 7 + [-40.0]]) == [[True] * 7 + [False]]
 
 
-def test_single_samples_rows_without_any_and_the_impossible() -> None:
+def test_single_samples_and_the_impossible() -> None:
     assert by_rows([[-1234.5]]) == [[True]]
-    assert by_rows([[-7.0], [], [2.0, -torch.inf]]) == [[True], [], [True, False]]
+    assert by_rows([[-7.0], [2.0, -torch.inf]]) == [[True], [True, False]]
     # a sample that is alone with its weight is enough, however deep the others
     assert by_rows([[0.0, -50.0, -700.0, -80000.0]]) == [[True, False, False, False]]
-    assert significant_samples(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0), 0.999).shape == (0,)
 
 
 def test_everything_is_kept_for_a_fraction_of_one() -> None:
     assert by_rows([[0.0, -5.0, -30.0]], 1.0) == [[True] * 3]
 
 
-def test_what_is_missing_from_the_list_counts_in_the_total() -> None:
-    listed = torch.log(torch.tensor([0.6, 0.2], dtype=torch.float64))
-    rows = torch.zeros(2, dtype=torch.int64)
-    total = torch.zeros(1, dtype=torch.float64)
-    assert significant_samples(listed, rows, total, 0.5).tolist() == [True, False]
-    assert significant_samples(listed, rows, total, 0.7).tolist() == [True, True]
-    assert significant_samples(listed, rows, total, 0.999).tolist() == [True, True]
+@pytest.mark.parametrize("fraction", [0.5, 0.999])
+def test_rows_of_a_matrix(fraction: float) -> None:
+    values = 30 * torch.randn((5, 400), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    row, column = significant_of_rows(values, torch.logsumexp(values, 1), fraction)
+    marks = torch.zeros(values.shape, dtype=torch.bool)
+    marks[row, column] = True
+    assert marks.tolist() == by_rows(values.tolist(), fraction)
+
+
+@pytest.mark.parametrize("block", [1, 100, 2**16])
+def test_what_each_row_amounts_to(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(significant, "BLOCK", block)
+    sizes = [3, 1, 90, 300, 40]
+    values = 5 * torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = posterior(values, torch.tensor([0, *accumulate(sizes)]), 0.9)
+    for i, (row, kept) in enumerate(zip(values.split(sizes), found.kept.split(sizes), strict=True)):
+        assert float(found.log_total[i]) == pytest.approx(float(torch.logsumexp(row, 0)), rel=1e-12)
+        assert float(found.top[i]) == float(row.max()) == float(values[found.best[i]])
+        assert torch.allclose(kept[kept > 0], row.softmax(0)[kept > 0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("fraction", [0.0, -1.0, 1.5])
 def test_fraction_out_of_bounds(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
-        significant_samples(torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.zeros(1), fraction)
+        posterior(torch.zeros(1), torch.tensor([0, 1]), fraction)
 
 
 @settings(deadline=None, max_examples=150)

@@ -110,8 +110,8 @@ def make_plan(
     per_particle = (BYTES_PER_NOISE_PIXEL if noise else BYTES_PER_BATCH_PIXEL) * pixels
     per_particle = max(per_particle, (BYTES_PER_SAMPLE + BYTES_WHILE_FOUND) * samples)
     batch = max(1, min(n_particles, quarter // per_particle))
-    # more than this gains nothing: on a CPU it should stay near the caches
-    most_chunk, most_weights = (2**21, 2**24) if device.type == "cpu" else (2**27, 2**28)
+    # more than this gains nothing
+    most_chunk, most_weights = (2**24, 2**24) if device.type == "cpu" else (2**27, 2**28)
     chunk = max(2**16, min(most_chunk, quarter // (BYTES_PER_CHUNK_ELEMENT * width)))
     weights = max(2**16, min(most_weights, quarter // (BYTES_PER_FINE_WEIGHT * width)))
     # a run that goes on later, or on another allocator, finds about as much memory, and then sums up in the same order

@@ -34,6 +34,7 @@ from torchem.imaging.masks import soft_sphere
 from torchem.imaging.resolution import raised_cosine_lowpass, resolution_at
 from torchem.imaging.symmetry import euler_angles, operators
 from torchem.runtime import memory
+from torchem.runtime.cpu import allow_fast_products
 from torchem.runtime.distributed import World, be_deterministic
 
 log = logging.getLogger(__name__)
@@ -203,6 +204,8 @@ class Refiner:
         self.options, self.particles, self.diameter = options, particles, options.dataset.particle_diameter
         self.world = world or World(device=_device(options.device))
         self.device = self.world.device
+        if self.device.type == "cpu":
+            allow_fast_products()
         self.dtype = torch.float64 if options.precision == "double" else torch.float32
         be_deterministic(options.deterministic)
         memory.warm_up(self.device)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from torchem.ops.slices import Slices
 from torchem.ops.squared_difference import score_pairs as score_cut_pairs
+from torchem.runtime.cpu import side_by_side
 
+# values of the pairs that a CPU works on at once, each on a core of its own: they stay in its caches
+BLOCK = 2**18
 # of the fixed point numbers that deterministic sums are made of: room for 2^23 contributions as large as the largest
 FIXED_POINT = 2.0**39
 
@@ -50,16 +53,25 @@ def score_pairs(
             return cross.sub_(0.5 * norm[:, None])
         return cross.div_((norm * power[which]).sqrt()[:, None])
     scores = torch.empty((len(which), len(phases)), dtype=weights.dtype, device=weights.device)
-    # neighbours share a slice
-    order = torch.argsort(orientation, stable=True)
-    for chunk in order.split(max(1, chunk_elements // images.shape[1])):
-        unique, inverse = torch.unique_consecutive(orientation[chunk], return_inverse=True)
-        mine = which[chunk]
-        scores[chunk] = score_cut_pairs(
+
+    def score_some(pairs: Tensor) -> None:
+        unique, inverse = torch.unique_consecutive(orientation[pairs], return_inverse=True)
+        mine = which[pairs]
+        scores[pairs] = score_cut_pairs(
             images[mine], weights[mine], slices[unique].cut()[inverse][:, None], phases,
             None if power is None else power[mine],
         )[:, 0]  # fmt: skip
+
+    # neighbours share a slice
+    order = torch.argsort(orientation, stable=True)
+    side_by_side(score_some, order.split(_at_once(images, chunk_elements)))
     return scores
+
+
+def _at_once(images: Tensor, chunk_elements: int) -> int:
+    """How many pairs are worked on at once: on a CPU as many as stay in its caches."""
+    most = chunk_elements if images.is_cuda else min(chunk_elements, BLOCK)
+    return max(1, most // images.shape[1])
 
 
 @dataclass(frozen=True)
@@ -104,25 +116,32 @@ def add_pairs(
     residual = torch.zeros(n_pixels, dtype=torch.float64, device=which.device)
     figures = torch.zeros((n, 3), dtype=torch.float64, device=which.device)
     chosen = torch.stack((torch.ones_like(operands.strong), operands.strong), 1)
-    order = torch.argsort(orientation, stable=True)
-    for chunk in order.split(max(1, chunk_elements // n_pixels)):
-        unique, inverse = torch.unique_consecutive(orientation[chunk], return_inverse=True)
-        here, mine, w = slices[unique], which[chunk], probability[chunk]
+
+    def add_some(pairs: Tensor) -> tuple[Tensor, ...]:
+        unique, inverse = torch.unique_consecutive(orientation[pairs], return_inverse=True)
+        mine, w = which[pairs], probability[pairs]
         total = w.sum(1, keepdim=True)
         ramp = torch.view_as_complex((w @ ramps).unflatten(1, (n_pixels, 2)))
-        cut, scale = here.cut()[inverse], operands.scale[mine, None]
+        cut, scale = slices[unique].cut()[inverse], operands.scale[mine, None]
         a = (cut.conj() * operands.aligned[mine] * ramp).real
         b = torch.view_as_real(cut).square().sum(-1) * operands.ctf2[mine] * total
         difference = scale * (scale * b - 2 * a)
-        residual += difference.sum(0, dtype=torch.float64)
         by_pair = torch.stack((difference.sum(1), *(a @ chosen).T[1:], *(b @ chosen).T[1:]), 1)
-        figures.index_add_(0, mine, by_pair.double())
         # pairs of one orientation are added up before anything is scattered
         added = torch.zeros((len(unique), 2 * n_pixels), dtype=w.dtype, device=w.device)
         added.index_add_(0, inverse, torch.view_as_real(ramp * operands.numerator[mine]).flatten(1))
         added_weight = torch.zeros((len(unique), n_pixels), dtype=w.dtype, device=w.device)
         added_weight.index_add_(0, inverse, operands.denominator[mine] * total)
-        here.insert(data, weight, torch.view_as_complex(added.unflatten(1, (-1, 2))), added_weight)
+        return unique, added, added_weight, difference.sum(0, dtype=torch.float64), by_pair.double()
+
+    order = torch.argsort(orientation, stable=True)
+    at_once = _at_once(operands.ctf2, chunk_elements)
+    for chunk in order.split(max(at_once, chunk_elements // n_pixels)):
+        parts = side_by_side(add_some, chunk.split(at_once))
+        unique, added, added_weight, by_pixel, by_pair = (torch.cat(part) for part in zip(*parts, strict=True))
+        slices[unique].insert(data, weight, torch.view_as_complex(added.unflatten(1, (-1, 2))), added_weight)
+        residual += by_pixel.view(-1, n_pixels).sum(0)
+        figures.index_add_(0, which[chunk], by_pair)
     return residual, figures
 
 

@@ -1,14 +1,18 @@
 """The smallest set of samples of each particle that carries a given fraction of its weight."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from torchem.runtime.cpu import side_by_side
+
 # of the histogram of each row's log weights
 BINS = 1024
-# weights are summed as whole multiples of 1/UNIT, so that the order of the sums does not matter
-UNIT = 2**40
+# entries that a CPU works on at once, each on a core of its own: they stay in its caches
+BLOCK = 2**16
 # the kernel narrows a row's threshold this often, each time by EDGES: 24 nats to 2e-5
 PASSES, EDGES = 4, 32
 
@@ -34,7 +38,10 @@ class Posterior:
 
 
 def posterior(log_weights: Tensor, first: Tensor, fraction: float) -> Posterior:
-    """Normalise the rows of a ragged list and keep the significant entries, as :func:`significant_samples` has them.
+    """Normalise the rows of a ragged list and keep their significant entries (Scheres 2012, §2.3).
+
+    The weights of a row are taken from the largest down until their sum exceeds ``fraction`` of the row's total; the
+    last one taken is the threshold, and ties with it are kept.
 
     Parameters
     ----------
@@ -43,22 +50,83 @@ def posterior(log_weights: Tensor, first: Tensor, fraction: float) -> Posterior:
     first
         `(n + 1,)` int64: where each row begins, and the end; no row is empty.
     fraction
-        RELION's adaptive_fraction.
+        RELION's adaptive_fraction, 0.999.
     """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}; it must be in (0, 1]")
     if log_weights.is_cuda and log_weights.dtype == torch.float32:
         return _posterior_on_gpu(log_weights, first, fraction)
-    n_rows = len(first) - 1
-    rows = torch.repeat_interleave(torch.arange(n_rows, device=first.device), first.diff())
-    top, log_total = row_logsumexp(log_weights, rows, n_rows)
-    significant = significant_samples(log_weights, rows, log_total, fraction)
-    probability = (log_weights.double() - log_total[rows]).exp().to(log_weights.dtype)
-    return Posterior(
-        torch.where(significant, probability, 0.0), top, log_total, first_best(log_weights, rows, top)
+    return _posterior(log_weights, first, fraction, None)
+
+
+def _posterior(log_weights: Tensor, first: Tensor, fraction: float, log_totals: Tensor | None) -> Posterior:
+    """:func:`posterior`; significant is a fraction of totals `(n,)`, where the list does not have everything."""
+    ends, kept = first.tolist(), torch.empty_like(log_weights)
+
+    def some(rows: range) -> tuple[Tensor, Tensor, Tensor]:
+        here = slice(ends[rows.start], ends[rows.stop])
+        counts = first[rows.start : rows.stop + 1].diff()
+        inside = torch.arange(int(counts.max()), device=first.device) < counts[:, None]
+        table = log_weights.new_full(inside.shape, -torch.inf).masked_scatter_(inside, log_weights[here])
+        probability, top, log_total, place = _posterior_of_table(
+            table, counts, fraction, None if log_totals is None else log_totals[rows.start : rows.stop]
+        )
+        kept[here] = probability[inside]
+        return top, log_total, first[rows.start : rows.stop] + place
+
+    parts = side_by_side(some, _rows_at_once(ends, 2**24 if kept.is_cuda else BLOCK))
+    return Posterior(kept, *(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _rows_at_once(ends: list[int], most: int) -> Iterator[range]:
+    """Ranges of rows that fill a table of up to `most` entries."""
+    start, longest = 0, 0
+    for row, (begin, end) in enumerate(pairwise(ends)):
+        longest = max(longest, end - begin)
+        if longest * (row + 1 - start) > most and row > start:
+            yield range(start, row)
+            start, longest = row, end - begin
+    yield range(start, len(ends) - 1)
+
+
+def _posterior_of_table(
+    table: Tensor, counts: Tensor, fraction: float, log_totals: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :class:`Posterior` has, of the rows of a table `(n, c)` that -inf fills up; places within the row."""
+    n = len(table)
+    top, place = table.max(1)
+    below = top[:, None] - table
+    share = torch.exp(-below)
+    # find the bin of log weights in which the sum passes the fraction; only that bin is sorted
+    bins = below.mul_((BINS / _deepest(counts, fraction)).to(below)[:, None]).clamp_(max=BINS - 1).int()
+    if n > 1:
+        bins += BINS * torch.arange(n, dtype=bins.dtype, device=bins.device)[:, None]
+    mass = torch.zeros(n * BINS, dtype=torch.float64, device=table.device)
+    mass.index_add_(0, bins.flatten(), share.flatten().double())
+    reached = mass.view(n, BINS).cumsum(1)
+    total = reached[:, -1]
+    wanted = fraction * (total if log_totals is None else (log_totals - top).exp())
+    # the last bin that counts, where nothing passes it
+    crossing = ((reached <= wanted[:, None]) & (reached < total[:, None])).sum(1)
+    above = reached.gather(1, crossing[:, None])[:, 0] - mass.view(n, BINS).gather(1, crossing[:, None])[:, 0]
+    numbers = torch.arange(n, device=table.device)
+    row, column = torch.nonzero(bins == (numbers * BINS + crossing).to(bins)[:, None], as_tuple=True)
+    order = torch.argsort(table[row, column], descending=True, stable=True)
+    order = order[torch.argsort(row[order], stable=True)]
+    row, column = row[order], column[order]
+    before = torch.cumsum(share[row, column].double(), 0) - share[row, column]
+    starts = torch.searchsorted(row, numbers)
+    taken = before - before[starts[row]] + above[row] <= wanted[row]
+    values = table[row, column]
+    threshold = torch.full_like(top, torch.inf).scatter_reduce_(
+        0, row, torch.where(taken, values, torch.inf), "amin"
     )
+    probability = (share * (1 / total).to(share)[:, None]).masked_fill_(table < threshold[:, None], 0.0)
+    return probability, top, top.double() + total.log(), place
 
 
 def significant_of_rows(log_weights: Tensor, log_totals: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the significant entries of a matrix, as :func:`significant_samples` has them.
+    """Rows and columns of the significant entries of a matrix, as :func:`posterior` has them.
 
     Parameters
     ----------
@@ -67,12 +135,12 @@ def significant_of_rows(log_weights: Tensor, log_totals: Tensor, fraction: float
     """
     floor = log_totals - _deepest(torch.full_like(log_totals, log_weights.shape[1]), fraction)
     row, column = torch.nonzero(log_weights > floor[:, None].to(log_weights.dtype), as_tuple=True)
+    first = torch.searchsorted(row, torch.arange(len(log_weights) + 1, device=row.device))
     candidates = log_weights[row, column]
     if candidates.is_cuda and candidates.dtype == torch.float32:
-        first = torch.searchsorted(row, torch.arange(len(log_weights) + 1, device=row.device))
         keep = _posterior_on_gpu(candidates, first, fraction).kept > 0
     else:
-        keep = significant_samples(candidates, row, log_totals, fraction)
+        keep = _posterior(candidates, first, fraction, log_totals).kept > 0
     return row[keep], column[keep]
 
 
@@ -124,56 +192,3 @@ def row_logsumexp(log_weights: Tensor, rows: Tensor, n_rows: int) -> tuple[Tenso
     total = torch.zeros(n_rows, dtype=torch.float64, device=log_weights.device)
     total.index_add_(0, rows, (log_weights - top[rows]).double().exp())
     return top, top.double() + total.log()
-
-
-def significant_samples(
-    log_weights: Tensor, rows: Tensor, log_totals: Tensor, fraction: float
-) -> Tensor:
-    """Mark the significant samples of a ragged list of weights (RELION's adaptive oversampling, Scheres 2012 §2.3).
-
-    The weights of a row are taken from the largest down until their sum exceeds ``fraction`` of the row's total;
-    the last one taken is the threshold, and ties with it are kept.
-
-    Parameters
-    ----------
-    log_weights, rows
-        `(b,)` real and int64. Samples too small to matter may be missing from the list.
-    log_totals
-        `(n_rows,)` float64: log of each row's whole weight.
-    fraction
-        RELION's adaptive_fraction, 0.999.
-
-    Returns
-    -------
-    `(b,)` bool.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}; it must be in (0, 1]")
-    n_rows = len(log_totals)
-    below = log_totals[rows] - log_weights  # nats under the row's total, >= 0 but for rounding
-    # a sample that far down cannot be needed: all such samples of a row together do not reach the rest
-    deepest = _deepest(torch.bincount(rows, minlength=n_rows), fraction)
-    candidates = below <= deepest[rows]
-    # find the bin of log weights in which the sum passes the fraction; only that bin is sorted
-    width = (deepest / BINS)[rows]
-    bins = rows * BINS + (below / width).long().clamp(0, BINS - 1)
-    weights = (torch.exp(-below.double()) * UNIT).round().long()
-    mass = torch.zeros(n_rows * BINS, dtype=torch.int64, device=rows.device)
-    mass.index_add_(0, bins, torch.where(candidates, weights, 0))
-    reached = torch.cumsum(mass.view(n_rows, BINS), 1)
-    wanted = torch.full((n_rows, 1), round(fraction * UNIT), device=rows.device)
-    crossing = torch.searchsorted(reached, wanted, right=True)[:, 0]
-    crossing_bin = torch.arange(n_rows, device=rows.device) * BINS + crossing
-    undecided = torch.nonzero(candidates & (bins == crossing_bin[rows]))[:, 0]
-    undecided = undecided[torch.argsort(log_weights[undecided], descending=True, stable=True)]
-    undecided = undecided[torch.argsort(rows[undecided], stable=True)]
-    row = rows[undecided]
-    weights = weights[undecided]
-    before = torch.cumsum(weights, 0) - weights
-    counts = torch.bincount(row, minlength=n_rows)
-    first = torch.cumsum(counts, 0) - counts
-    above = torch.where(crossing > 0, reached.gather(1, (crossing - 1).clamp(min=0)[:, None])[:, 0], 0)
-    taken = before - before[first[row]] + above[row] <= wanted[row, 0]
-    threshold = torch.full((n_rows,), torch.inf, dtype=log_weights.dtype, device=rows.device)
-    threshold.scatter_reduce_(0, row, torch.where(taken, log_weights[undecided], torch.inf), "amin")
-    return candidates & ((bins < crossing_bin[rows]) | (log_weights >= threshold[rows]))

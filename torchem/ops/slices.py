@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torchem.runtime.cpu import side_by_side
+
 
 @dataclass(frozen=True)
 class Slices:
@@ -83,11 +85,13 @@ def project(volume: Tensor, matrices: Tensor, kx: Tensor, ky: Tensor, padding: i
     if volume.is_cuda:
         return _project_on_gpu(volume, matrices, kx, ky, padding, r_max)
     slices = torch.empty((len(matrices), len(kx)), dtype=volume.dtype)
-    for part in _blocks(volume, matrices, kx):
+
+    def cut(part: slice) -> None:
         cells = _cells(matrices[part], kx, ky, padding, r_max, volume.shape)
-        # gather works in parallel on rows, one a slice
         values = _interpolate(volume.view(1, -1).expand(len(cells.index), -1), cells.index, cells.shares, cells.steps)
         torch.mul(values, torch.view_as_real(cells.factor), out=torch.view_as_real(slices[part]))
+
+    side_by_side(cut, _blocks(volume, matrices, kx))
     return slices
 
 
@@ -118,7 +122,7 @@ def backproject(
 
 
 # complex values in a temporary on a CPU: all of them together stay in its caches
-BLOCK = 2**16
+BLOCK = 2**17
 
 
 def _blocks(volume: Tensor, matrices: Tensor, kx: Tensor) -> list[slice]:
@@ -151,22 +155,24 @@ class _Cells:
 
 
 def _cells(matrices: Tensor, kx: Tensor, ky: Tensor, padding: int, r_max: int, shape: tuple[int, ...]) -> _Cells:
-    half, width = shape[0] // 2, shape[-1]
+    ndim, half, width = len(shape), shape[0] // 2, shape[-1]
     inside = (kx * kx + ky * ky <= r_max * r_max).to(matrices.dtype)
     # what lies beyond is looked up at the origin, and multiplied by 0
     kx, ky = kx * inside * padding, ky * inside * padding
-    right, up = matrices[:, :2, : len(shape), None].unbind(1)
-    axes = [(right[:, axis] * kx).addcmul_(up[:, axis], ky) for axis in range(len(shape))]  # x first
-    sign = 1 - 2 * (axes[0] < 0).to(matrices.dtype)
-    steps = (1, width, width * shape[-2])[: len(shape)]
-    index = torch.full(sign.shape, half * sum(steps[1:]), device=sign.device)
-    shares = []
-    for position, step in zip(axes, steps, strict=True):
-        cell = position.mul_(sign).floor()
-        index += cell.long() * step
-        share = position - cell
-        shares.append(torch.view_as_real(torch.complex(share, share)))
-    return _Cells(index, shares, steps, torch.complex(inside.expand_as(sign), sign * inside))
+    right, up = matrices[:, :2, :ndim, None].permute(1, 2, 0, 3)  # (axes, r, 1), x first
+    position = (right * kx).addcmul_(up, ky)  # (axes, r, p)
+    sign = torch.where(position[0] < 0, -1, 1).to(matrices.dtype)
+    position *= sign
+    cell = position.floor()
+    position -= cell
+    steps = (1, width, width * shape[-2])[:ndim]
+    # half the bytes of what gather wants, where it fits
+    index, *others = cell.to(torch.int32 if steps[-1] * shape[0] < 2**31 else torch.int64)
+    for other, step in zip(others, steps[1:], strict=True):
+        index.add_(other, alpha=step)
+    index += half * sum(steps[1:])
+    shares = torch.view_as_real(torch.complex(position, position)).unbind(0)
+    return _Cells(index.long(), list(shares), steps, torch.complex(inside.expand_as(sign), sign * inside))
 
 
 def _interpolate(volumes: Tensor, index: Tensor, shares: list[Tensor], steps: tuple[int, ...]) -> Tensor:

@@ -1,1 +1,1 @@
-"""The machine: processes and devices, run folders, progress."""
+"""The machine: processes and devices, CPU settings, run folders, progress."""
