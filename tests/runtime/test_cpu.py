@@ -7,7 +7,6 @@ import torch
 
 from torchem.runtime.cpu import allow_fast_products
 
-
 pytestmark = pytest.mark.skipif(
     not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
     reason="this PyTorch does not let oneDNN choose how to multiply",

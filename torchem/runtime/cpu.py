@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,7 +39,7 @@ def allow_fast_products() -> None:
     MKL, PyTorch's default, keeps off AVX-512 on AMD's processors and takes twice the time there. oneDNN is asked only
     if it may round to bfloat16. Without AMX it then still computes in float32; a CPU on which it does round keeps MKL.
     """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if not torch.backends.mkldnn.is_available() or not hasattr(matmul, "fp32_precision"):
         return  # PyTorch before 2.9 offers no choice
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
