@@ -2,9 +2,9 @@
 
 Multi-reference alignment (Algorithm 1 of Chung et al. 2021; ISAC, Yang et al. 2012): every image is compared with every
 reference, straight and mirrored, at every angle and shift; the best one takes it; the averages of what was taken, each
-filtered as its halves agree, are the next references; until images stay where they are. Reference-free alignment (EMAN2's
-ali2d) is the same with the running average of all images, over smaller and smaller shifts, for as long as the average
-gains power.
+filtered as its halves agree, are the next references; until images stay where they are. Reference-free alignment
+(EMAN2's ali2d) is the same with the running average of all images, over smaller and smaller shifts, for as long as the
+average gains power.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,10 @@ SEED_IMAGES = 100
 # reference-free alignment: shifts are tried in ranges and steps that shrink so, the next when the power stops growing
 STAGES = ((1.0, 1.0), (0.5, 0.5), (0.25, 0.25), (0.25, 0.125))
 FRC_THRESHOLD = 0.5
+# in the first half of a run, classes of less than this share of the mean size make room
+SMALL_SHARE = 0.2
+# the least growth of the average's power from one iteration to the next
+POWER_GAIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class _Aligner:
     def resume(
         cls, options: AlignOptions, images: Images, references: np.ndarray | None = None, *, folder: Path | str,
         world: World | None = None, simulated: bool = False, progress: Callable[[int, int], None] | None = None,
-    ):  # type: ignore[no-untyped-def] # noqa: ANN206
+    ) -> Self:  # fmt: skip
         """Go on after the last iteration that ``folder`` holds whole; ``references`` are not looked at."""
         aligner = cls.__new__(cls)
         aligner._set_up(options, images, folder, world, simulated, progress)
@@ -245,12 +250,32 @@ class MultiReferenceAligner(_Aligner):
         return self.world.broadcast_(torch.stack(seeds).to(self.device))
 
     def _reseat(self, references: Tensor, members: Tensor) -> Tensor:
-        """Give the seats of classes with fewer than four images to random images."""
-        for seat in (members < SMALLEST).nonzero()[:, 0].tolist():
-            number = torch.randint(len(self.images), (1,), generator=self.state.generator)
-            log.info("class %d has %d images: image %d takes its seat", seat, int(members[seat]), int(number) + 1)
-            references[seat] = self.batches.read(number)[0].to(references)
+        """Give the seats of tiny classes to those images of the largest classes that fit these worst.
+
+        A class of fewer than four images is tiny; in the first half of the run also one of less than a fifth of the
+        mean size. A single noisy image would attract none; what two classes fell into one, the worse half is the other.
+        """
+        state, early = self.state, 2 * self.state.iteration <= self.options.max_iterations
+        sizes = members.cpu()
+        least = max(float(SMALLEST), SMALL_SHARE * len(self.images) / len(sizes) if early else 0.0)
+        largest = iter(sizes.argsort(descending=True).tolist())
+        for seat in (sizes < least).nonzero()[:, 0].tolist():
+            taken = next(largest)
+            own = (state.alignment.reference == taken).nonzero()[:, 0]
+            if sizes[taken] < 2 * SMALLEST:
+                break
+            worst = own[state.alignment.peak[own].argsort()[: len(own) // 2]]
+            chosen = worst[torch.randperm(len(worst), generator=state.generator)[:SEED_IMAGES]]
+            log.info("class %d has %d images: some of class %d take its seat", seat, int(sizes[seat]), taken)
+            references[seat] = self._average(chosen).to(references)
         return references
+
+    def _average(self, numbers: Tensor) -> Tensor:
+        """Average of some images as they are aligned now."""
+        alignment = self.state.alignment
+        sx, sy = alignment.shift()[numbers].unbind(1)
+        alpha, mirror = torch.rad2deg(alignment.angle[numbers]), alignment.mirror[numbers]
+        return transformed(self.batches.read(numbers), alpha, sx, sy, mirror).mean(0)
 
 
 class ReferenceFreeAligner(_Aligner):
@@ -291,10 +316,6 @@ class ReferenceFreeAligner(_Aligner):
             total += images.double().sum(0)
         average = (self.world.sum_(total) / len(self.images)).float()[None]
         return rolled(average, mass_centres(average, self.rings.last))
-
-
-# the least growth of the power from one iteration to the next
-POWER_GAIN = 1e-3
 
 
 def _table(state: State, images: Images) -> pd.DataFrame:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torchem.errors import InputError
-from torchem.ops.correlation import Shifts
-from torchem.ops.polar import Rings
+
+if TYPE_CHECKING:
+    from torchem.ops.correlation import Shifts
+    from torchem.ops.polar import Rings
 
 MODES = ("mra", "rfa")
 # more shifts than this a pass would take for ever
@@ -130,8 +133,7 @@ class AlignOptions:
             One line a problem: option, value, remedy.
         """
         problems: list[str] = []
-        reach = Rings(box, 1, 1).reach
-        farthest = math.floor(reach - max(self.x_range, self.y_range))
+        farthest = self._room(box)
         wide = f"{box} px images with shifts of {max(self.x_range, self.y_range):g} px"
         if self.last_ring is not None and self.last_ring > farthest:
             problems.append(
@@ -155,8 +157,16 @@ class AlignOptions:
 
     def rings(self, box: int) -> Rings:
         """Rings on images of one size."""
-        room = math.floor(Rings(box, 1, 1).reach - max(self.x_range, self.y_range))
-        return Rings(box, self.first_ring, room if self.last_ring is None else self.last_ring)
+        from torchem.ops.polar import Rings
+
+        return Rings(box, self.first_ring, self._room(box) if self.last_ring is None else self.last_ring)
 
     def shifts(self) -> Shifts:
+        """What is tried around each centre."""
+        from torchem.ops.correlation import Shifts
+
         return Shifts(self.x_range, self.y_range, self.step)
+
+    def _room(self, box: int) -> int:
+        """The largest ring that stays within the box at every shift."""
+        return math.floor(min(box // 2, box - 1 - box // 2) - max(self.x_range, self.y_range))

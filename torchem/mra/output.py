@@ -1,6 +1,6 @@
 """What a run of alignment leaves behind: parameters and averages of each iteration, and what is needed to go on.
 
-Files are written under temporary names; the table of parameters comes last and marks the iteration as whole.
+Files are written under temporary names; the table comes last and marks the iteration as whole.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torchem.mra.aligner import Iteration
 
 # what marks an iteration, and the end of the run, as whole
-MARK = "params.csv"
+MARK = "data.star"
 
 
 class Output:
@@ -56,29 +56,27 @@ class Output:
         stem = f"run_it{state.iteration:03d}"
         self._classes(f"{stem}_classes.mrcs", iteration)
         save_checkpoint(self.folder / f"{stem}_checkpoint.pt", state)
-        write_parameters(self.folder / f"{stem}_{MARK}", iteration.parameters)
+        self._data(f"{stem}_{MARK}", iteration.parameters)
         if last or state.converged:
             self._classes("run_classes.mrcs", iteration)
-            self._data(iteration.parameters)
-            write_parameters(self.folder / f"run_{MARK}", iteration.parameters)
+            write_parameters(self.folder / "run_params.csv", iteration.parameters)
+            self._data(f"run_{MARK}", iteration.parameters)
 
     def _classes(self, name: str, iteration: Iteration) -> None:
         averages = iteration.averages.cpu().numpy()
         write_stack(self.folder / name, averages, self.images.pixel_size or 1.0, label=self.comment)
 
-    def _data(self, parameters: pd.DataFrame) -> None:
-        """Write run_data.star: the input's table with what was found, or a new one."""
+    def _data(self, name: str, parameters: pd.DataFrame) -> None:
+        """Write RELION's table: the input's with what was found, or a new one."""
         found = to_relion(parameters, self.images.pixel_size or 1.0)
-        blocks = {"particles": found}
-        if self.images.particles is not None:
-            particles = self.images.particles
-            table = particles.table.copy()
-            for label in found.columns.drop("rlnImageName"):
-                table[label] = found[label].to_numpy()
-            particles = dataclasses.replace(particles, table=table)
-            particles.write(self.folder / "run_data.star", self.comment)
+        particles = self.images.particles
+        if particles is None:
+            write_star(self.folder / name, {"particles": found}, self.comment)
             return
-        write_star(self.folder / "run_data.star", blocks, self.comment)
+        table = particles.table.copy()
+        for label in found.columns.drop("rlnImageName"):
+            table[label] = found[label].to_numpy()
+        dataclasses.replace(particles, table=table).write(self.folder / name, self.comment)
 
 
 def save_checkpoint(path: Path, state: State) -> None:
