@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from torchem.data.images import Images
-    from torchem.mra.aligner import Iteration
+    from torchem.mra.state import Iteration
     from torchem.runtime.distributed import World
 
 log = logging.getLogger("torchem.align")

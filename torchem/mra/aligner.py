@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Self
 
@@ -30,14 +30,13 @@ from torchem.mra.averages import (
     filtered,
     masked,
     mass_centres,
-    resolution_ring,
     ring_correlation,
     rolled,
 )
 from torchem.mra.images import Batches
 from torchem.mra.options import AlignOptions
 from torchem.mra.output import Output, load_checkpoint
-from torchem.mra.state import State
+from torchem.mra.state import Iteration, State
 from torchem.ops.correlation import Alignment, Shifts, align, prepare_references
 from torchem.runtime.distributed import World
 
@@ -49,51 +48,10 @@ SETTLED_SHARE, SETTLED_PX = 0.01, 0.5
 SEED_IMAGES = 100
 # reference-free alignment: shifts are tried in ranges and steps that shrink so, the next when the power stops growing
 STAGES = ((1.0, 1.0), (0.5, 0.5), (0.25, 0.25), (0.25, 0.125))
-FRC_THRESHOLD = 0.5
 # in the first half of a run, classes of less than this share of the mean size make room
 SMALL_SHARE = 0.2
 # the least growth of the average's power from one iteration to the next
 POWER_GAIN = 1e-3
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """What one iteration found.
-
-    Attributes
-    ----------
-    parameters
-        one row an image: image, class_id, mirror, alpha, sx, sy, peak, pixel_error (EMAN2's convention; degrees,
-        pixels; the last against the iteration before, missing where class or mirror changed).
-    averages
-        `(k, L, L)` class averages, unfiltered, on the device.
-    frc
-        `(k, L//2 + 1)` correlation of the averages of even and odd images by Fourier ring.
-    members
-        `(k,)` images of each class.
-    changed
-        share of the images whose class or mirror changed.
-    pixel_error
-        mean over the others.
-    """
-
-    number: int
-    parameters: pd.DataFrame
-    averages: Tensor
-    frc: Tensor
-    members: Tensor
-    changed: float
-    pixel_error: float
-    peak: float
-    shifts: Shifts
-    seconds: float
-    converged: bool
-
-    def resolution(self, pixel_size: float | None) -> np.ndarray:
-        """`(k,)` where the correlation of the halves falls below 0.5: Å, or pixels if no pixel size is known."""
-        box = self.averages.shape[-1]
-        ring = resolution_ring(self.frc, FRC_THRESHOLD).cpu().numpy().astype(float)
-        return np.divide(box * (pixel_size or 1.0), ring, out=np.full(len(ring), np.inf), where=ring > 0)
 
 
 class _Aligner:

@@ -18,13 +18,11 @@ from torchem.data.images import Images
 from torchem.data.mrc import write_stack
 from torchem.data.star import write_star
 from torchem.errors import InputError
-from torchem.mra.state import State
+from torchem.mra.state import Iteration, State
 from torchem.ops.correlation import Alignment
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from torchem.mra.aligner import Iteration
 
 # what marks an iteration, and the end of the run, as whole
 MARK = "data.star"

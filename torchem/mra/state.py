@@ -1,13 +1,18 @@
-"""The state of an alignment: all that one iteration leaves to the next."""
+"""The state of an alignment, all that one iteration leaves to the next; and what an iteration tells."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from torchem.ops.correlation import Alignment
+from torchem.mra.averages import resolution_ring
+from torchem.ops.correlation import Alignment, Shifts
+
+FRC_THRESHOLD = 0.5
 
 
 @dataclass
@@ -68,3 +73,43 @@ class State:
         x = torch.where(alignment.mirror, -x, x)
         c, s = alignment.angle.cos(), alignment.angle.sin()
         alignment.offset = alignment.offset + torch.stack([c * x - s * y, s * x + c * y], 1)
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration found.
+
+    Attributes
+    ----------
+    parameters
+        one row an image: image, class_id, mirror, alpha, sx, sy, peak, pixel_error (EMAN2's convention; degrees,
+        pixels; the last against the iteration before, missing where class or mirror changed).
+    averages
+        `(k, L, L)` class averages, unfiltered, on the device.
+    frc
+        `(k, L//2 + 1)` correlation of the averages of even and odd images by Fourier ring.
+    members
+        `(k,)` images of each class.
+    changed
+        share of the images whose class or mirror changed.
+    pixel_error
+        mean over the others.
+    """
+
+    number: int
+    parameters: pd.DataFrame
+    averages: Tensor
+    frc: Tensor
+    members: Tensor
+    changed: float
+    pixel_error: float
+    peak: float
+    shifts: Shifts
+    seconds: float
+    converged: bool
+
+    def resolution(self, pixel_size: float | None) -> np.ndarray:
+        """`(k,)` where the correlation of the halves falls below 0.5: Å, or pixels if no pixel size is known."""
+        box = self.averages.shape[-1]
+        ring = resolution_ring(self.frc, FRC_THRESHOLD).cpu().numpy().astype(float)
+        return np.divide(box * (pixel_size or 1.0), ring, out=np.full(len(ring), np.inf), where=ring > 0)
