@@ -11,9 +11,12 @@ disc, weighted by radius, at every shift (Yang et al. 2012, ISAC), so references
 EMAN2's convention: aligned = mirror_x(rotate by α, then shift), which looks like the reference.
 """
 
+from __future__ import annotations
+
 import functools
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,6 +25,10 @@ from torchem.ops.polar import Rings, polar_samples, quarter_waves, resampling, r
 
 # images of one block of the matrix products on a CPU, and of a peak's refinement
 BLOCK = 128
+# the kernels: images and references of a tile; bytes of the spectra and scores of a chunk of images
+TILE_IMAGES, TILE_REFERENCES, CHUNK_BYTES = 64, 4, 2**29
+# half precision may err by this; so many (reference, mirror) within it of an image's best are compared in float32
+MARGIN, CANDIDATES = 1e-3, 4
 # quadratics through neighbours 1 px apart, the second around the maximum of the first: neighbours that are whole pixels
 # apart are interpolated alike, so that the smoothing of noise between pixels does not move the peak
 PASSES = 2
@@ -169,8 +176,10 @@ def align(images: Tensor, centres: Tensor, references: References, shifts: Shift
     centres
         `(n, 2)` whole pixels (x, y) from pixel L//2, around which shifts are tried.
     references
-        of the images' dtype and device.
+        of the images' dtype and device; float32 on a GPU goes through the Triton kernels.
     """
+    if images.is_cuda and images.dtype == torch.float32:
+        return align_by_kernels(images, centres, references, shifts)
     scores = best_scores(images, centres, references, shifts)
     best = scores.flatten(1).argmax(1)
     k = references.count
@@ -240,50 +249,52 @@ def quadratic_peak(values: Tensor, free: tuple[bool, bool, bool]) -> tuple[Tenso
     -------
     `(n, 3)` float64 place in steps from the middle, at most 1 along each axis, and `(n,)` float64 height.
     """
-    values = values.double()
     axes = [axis for axis in range(3) if free[axis]]
     # constant, gradient, upper triangle of half the Hessian
-    coefficients = values.flatten(1) @ _quadratic(tuple(axes)).to(values.device).T
-    d = len(axes)
-    gradient = coefficients[:, 1 : 1 + d]
-    hessian = values.new_zeros((len(values), d, d))
-    row, column = torch.triu_indices(d, d, device=values.device)
-    hessian[:, row, column] = coefficients[:, 1 + d :]
-    hessian = hessian + hessian.mT
-    # where it has no maximum, along each axis by itself if it has one there
+    coefficients = values.double().flatten(1) @ _quadratic(tuple(axes), values.device).T
+    n, d = len(values), len(axes)
+    gradient, half = coefficients.new_zeros((n, 3)), coefficients.new_zeros((n, 3, 3))
+    gradient[:, axes] = coefficients[:, 1 : 1 + d]
+    pairs = itertools.combinations_with_replacement(axes, 2)
+    for (row, column), value in zip(pairs, coefficients[:, 1 + d :].unbind(1), strict=True):
+        half[:, row, column] = value
+    hessian = half + half.mT
+    for axis in set(range(3)) - set(axes):
+        hessian[:, axis, axis] = -1
+    # a maximum if minus the Hessian has positive minors; without one, along each axis by itself if it has one there
+    x, y, z = hessian.unbind(1)
+    determinant = (x * torch.linalg.cross(y, z)).sum(1)
+    peaked = (x[:, 0] < 0) & (x[:, 0] * y[:, 1] > x[:, 1].square()) & (determinant < 0)
     diagonal = hessian.diagonal(dim1=1, dim2=2).clamp(max=-torch.finfo(torch.float64).tiny)
-    curved = torch.linalg.eigvalsh(hessian)[:, -1] < 0
-    hessian = torch.where(curved[:, None, None], hessian, torch.diag_embed(diagonal))
-    step = -torch.linalg.solve(hessian, gradient[..., None])[..., 0]
-    step = step.clamp(-1, 1)
-    peak = coefficients[:, 0] + (gradient * step).sum(1) + 0.5 * (step[:, None] @ hessian @ step[..., None]).flatten()
-    result = values.new_zeros((len(values), 3))
-    result[:, axes] = step
-    return result, peak
+    adjugate = torch.stack([torch.linalg.cross(y, z), torch.linalg.cross(z, x), torch.linalg.cross(x, y)], 1)
+    newton = (adjugate * gradient[:, None]).sum(2) / determinant[:, None]
+    step = -torch.where(peaked[:, None], newton, gradient / diagonal).clamp(-1, 1)
+    hessian = torch.where(peaked[:, None, None], hessian, torch.diag_embed(diagonal))
+    rise = (gradient * step).sum(1) + 0.5 * (step[:, None] @ hessian @ step[..., None]).flatten()
+    return step, coefficients[:, 0] + rise
 
 
 @functools.lru_cache
-def _quadratic(axes: tuple[int, ...]) -> Tensor:
+def _quadratic(axes: tuple[int, ...], device: torch.device) -> Tensor:
     """What takes 3 × 3 × 3 values to the coefficients of the quadratic along some axes, through the middle."""
     places = torch.cartesian_prod(*[torch.arange(-1.0, 2.0, dtype=torch.float64)] * 3)
-    row, column = torch.triu_indices(len(axes), len(axes))
-    x = places[:, list(axes)]
-    terms = torch.cat([torch.ones(27, 1, dtype=torch.float64), x, x[:, row] * x[:, column]], 1)
+    pairs = itertools.combinations_with_replacement(axes, 2)
+    columns = [torch.ones(27, dtype=torch.float64), *(places[:, i] for i in axes)]
+    terms = torch.stack(columns + [places[:, i] * places[:, j] for i, j in pairs], 1)
     taken = [not any(place[axis] for axis in range(3) if axis not in axes) for place in places]
     inverse = torch.zeros(terms.shape[1], 27, dtype=torch.float64)
     inverse[:, taken] = torch.linalg.pinv(terms[taken])
-    return inverse
+    return inverse.to(device)
 
 
 def _columns(images: Tensor, centres: Tensor) -> Tensor:
     """Images around whole-pixel centres, flattened, side by side `(L², b)`; an image's edge goes on."""
-    n, box = len(images), images.shape[-1]
+    box = images.shape[-1]
     images = (images - images.mean((1, 2), keepdim=True)) / images.std((1, 2), keepdim=True).clamp(min=1e-30)
     axis = torch.arange(box, device=images.device)
     x, y = ((axis + c[:, None]).clamp(0, box - 1) for c in centres.round().long().unbind(1))
-    if bool((centres != 0).any()):
-        images = images[torch.arange(n, device=images.device)[:, None, None], y[:, :, None], x[:, None, :]]
-    return images.flatten(1).T.contiguous()
+    pixel = (y[:, :, None] * box + x[:, None, :]).flatten(1)
+    return images.flatten(1).gather(1, pixel).T.contiguous()
 
 
 def _inverse_deviation(samples: Tensor, rings: Rings) -> Tensor:
@@ -391,3 +402,176 @@ def _places(rings: Rings, device: torch.device) -> tuple[Tensor, Tensor]:
     ring, x, y = rings.points()
     place = (torch.atan2(y, x) * (rings.n_angles / math.pi)).round().long()
     return ring.to(device), place.to(device)
+
+
+# on a GPU
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the kernels know of rings, on their device.
+
+    Attributes
+    ----------
+    x, y
+        `(samples,)` float32 pixels from the centre; ``ring``, ``place``, ``weights`` as on the host.
+    rows
+        `(2, 2, a/4)` int32: the row of the outermost ring, by part, parity and frequency // 2, in a list of all rings
+        that have the frequency; ``n_rows`` rows in all.
+    ring_counts
+        `(a/4,)` int32.
+    """
+
+    x: Tensor
+    y: Tensor
+    ring: Tensor
+    place: Tensor
+    weights: Tensor
+    ring_weights: Tensor
+    rows: Tensor
+    ring_counts: Tensor
+    n_rows: int
+
+    @staticmethod
+    @functools.lru_cache(maxsize=16)
+    def of(rings: Rings, device: torch.device) -> Tables:
+        """The tables of one set of rings."""
+        _, x, y = rings.points()
+        counts = torch.cat([torch.full(((b.high - b.low) // 2,), b.n_rings) for b in rings.bands])
+        ends = counts.repeat(4).cumsum(0)
+        rows = (ends - counts.repeat(4)).reshape(2, 2, -1)
+        ring, place = _places(rings, device)
+        return Tables(
+            x.float().to(device), y.float().to(device), ring.int(), place.int(), _weights(rings, torch.float32, device),
+            rings.weights().float().to(device), rows.int().to(device), counts.int().to(device), int(ends[-1]),
+        )  # fmt: skip
+
+
+def align_by_kernels(images: Tensor, centres: Tensor, references: References, shifts: Shifts) -> Alignment:
+    """:func:`align` by the Triton kernels: a search in half precision, the best few compared and refined in float32.
+
+    Nothing here waits for the device.
+    """
+    rings, table = references.rings, shifts.table().to(images.device)
+    padded = -(-references.count // TILE_REFERENCES) * TILE_REFERENCES
+    tables = Tables.of(rings, images.device)
+    operand, unit = _half_references(references, padded)
+    bytes_each = len(table) * (2 * tables.n_rows + 6 * padded * references.sides)
+    chunk = max(1, CHUNK_BYTES // (bytes_each * TILE_IMAGES)) * TILE_IMAGES
+    parts = []
+    for start in range(0, len(images), chunk):
+        some, around = images[start : start + chunk], centres[start : start + chunk].double()
+        scores, angles = best_by_kernels(some, around, references, table, operand, unit)
+        # the best shift of every reference and side, then the best few of these
+        highest, shift = scores.max(0)
+        sides = references.sides
+        best, which = highest.flatten(0, 1).topk(min(CANDIDATES, sides * references.count), dim=0)
+        its_shift = shift.flatten(0, 1).gather(0, which)
+        nearest = angles.flatten(1, 2).gather(1, which[None].expand(len(table), -1, -1)).gather(0, its_shift[None])[0]
+        wanted = best >= best[:1] - MARGIN
+        candidates = around[:, None] + table[its_shift.T]
+        reference, mirror, nearest = (which // sides).T, (which % sides == 1).T, nearest.T.long()
+        values = peaks_by_kernel(some, candidates, references, reference, mirror, nearest, wanted.T)
+        taken = values[:, :, 1, 4].argmax(1, keepdim=True)
+        reference, mirror, nearest = (x.gather(1, taken) for x in (reference, mirror, nearest))
+        place = candidates.gather(1, taken[..., None].expand(-1, -1, 2))
+        values = values.gather(1, taken[..., None, None].expand(-1, -1, 3, 9))[:, 0]
+        free, unit_angle = shifts.free(), 2 * math.pi / rings.n_angles
+        for step in range(PASSES):
+            if step:
+                values = peaks_by_kernel(some, place, references, reference, mirror, nearest, None)[:, 0]
+            moved, peak = quadratic_peak(values.unflatten(2, (3, 3)), (True, free[1], free[0]))
+            place = place + moved[:, None, [2, 1]]
+            turned = nearest[:, 0] + moved[:, 0]
+            nearest = turned.round().long()[:, None] % rings.n_angles
+        parts.append(Alignment(reference[:, 0], mirror[:, 0], (turned + 0.5) * unit_angle, place[:, 0], peak))
+    return Alignment(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Alignment)))
+
+
+def best_by_kernels(
+    images: Tensor, centres: Tensor, references: References, shifts: Tensor, operand: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Highest correlation coefficients in half precision and the numbers of their angles: `(t, k, sides, n)` each."""
+    from torchem.kernels import correlation as kernels
+    from torchem.kernels import polar as polar_kernels
+
+    rings, device = references.rings, images.device
+    tables = Tables.of(rings, device)
+    n, t, quarter, box = len(images), len(shifts), rings.n_angles // 4, rings.box
+    width = -(-n // TILE_IMAGES) * TILE_IMAGES
+    columns = torch.zeros((box * box, width), dtype=torch.float16, device=device)
+    columns[:, :n] = _columns(images, centres)
+
+    n_rings = len(rings.radii)
+    # the last rows are read together with rings that are not there, whose references are 0
+    spectra = torch.empty((t, tables.n_rows + 16, width), dtype=torch.float16, device=device)
+    spectra[:, tables.n_rows :] = 0
+    moments = torch.empty((t, n_rings, 2, width), device=device)
+    sample = 0
+    for length, first, count in rings.groups:
+        part = min(length // 4, 64)
+        polar_kernels.polar_spectra[(width // TILE_IMAGES, t * count, length // 4 // part)](
+            columns, tables.x, tables.y, shifts.float(), quarter_waves(length, torch.float16, device), tables.rows,
+            tables.ring_weights, spectra, moments, sample, first, count, length // 4, n_rings, tables.n_rows + 16,
+            quarter, width, box, IMAGES=TILE_IMAGES, DEPTH=part, FREQUENCIES=part, num_warps=8, num_stages=1,
+        )  # fmt: skip
+        sample += length * count
+    mean, square = moments.sum(1).unbind(1)
+    variance = square - mean.square()
+    scale = torch.where(variance > 0, variance, torch.inf).rsqrt() * unit
+
+    padded, sides = operand.shape[3], references.sides
+    values = torch.empty((t, padded, sides, width), device=device)
+    angles = torch.empty((t, padded, sides, width), dtype=torch.int16, device=device)
+    tiles = padded // TILE_REFERENCES
+    kernels.best_angles[(width // 16 * tiles, t)](
+        spectra, tables.rows, tables.ring_counts, operand, quarter_waves(rings.n_angles, torch.float16, device),
+        scale, values, angles, tables.n_rows + 16, quarter, operand.shape[2], tiles, width, padded,
+        SIDES=sides, IMAGES=16, REFERENCES=TILE_REFERENCES, FREQUENCIES=16, RINGS=16, ANGLES=min(quarter, 64),
+        num_warps=16, num_stages=1,
+    )  # fmt: skip
+    return values[:, : references.count, :, :n], angles[:, : references.count, :, :n]
+
+
+def peaks_by_kernel(
+    images: Tensor, centres: Tensor, references: References, reference: Tensor, mirror: Tensor, nearest: Tensor,
+    wanted: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Correlation coefficients around the peaks of c candidates of each image in float32: `(n, c, 3, 9)`.
+
+    Parameters
+    ----------
+    centres
+        `(n, c, 2)` float64.
+    reference, mirror, nearest
+        `(n, c)`, the last the number of the angle.
+    wanted
+        `(n, c)`: others are minus infinity; None: all.
+    """
+    from torchem.kernels import correlation as kernels
+
+    rings = references.rings
+    tables = Tables.of(rings, images.device)
+    out = torch.empty((*reference.shape, 3, 9), device=images.device)
+    wanted = torch.ones_like(reference) if wanted is None else wanted
+    integers = (x.int().contiguous() for x in (reference, mirror, nearest, wanted))
+    kernels.peak_values[(reference.numel(),)](
+        images.contiguous(), tables.x, tables.y, tables.ring, tables.place, tables.weights, references.profiles,
+        centres.contiguous(), *integers, out, rings.n_samples, len(rings.radii), rings.n_angles, reference.shape[1],
+        rings.box, SAMPLES=64, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _half_references(references: References, padded: int) -> tuple[Tensor, Tensor]:
+    """Operand of the kernel `(2, a/4, rings, padded, 2)`, at most 1, and what its products are to be multiplied by."""
+    rings, k, sides = references.rings, references.count, references.sides
+    n_rings = -(-len(rings.radii) // 16) * 16
+    like = references.spectra[0]
+    operand = like.new_zeros((2, rings.n_angles // 4, n_rings, padded, 2))
+    for band, values in zip(rings.bands, references.spectra, strict=True):
+        q = values.unflatten(3, (2, sides, k))[:, :, :, 0, 0]  # (2, 2, m, k, rings): Q, from the straight real parts
+        operand[:, band.low // 2 : band.high // 2, : band.n_rings, :k] = q.permute(1, 2, 4, 3, 0)
+    largest = operand.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    unit = torch.exp2(largest.log2().ceil())
+    return (operand / unit).half(), unit
