@@ -65,11 +65,16 @@ _INTERRUPTED = "the same command again goes on after the last whole iteration"
 def main() -> None:
     """Run the command; whatever the user can mend is told on one screen, without a traceback."""
     with telling(_INTERRUPTED):
-        check_option_names(sys.argv[1:], run_folder.flatten(asdict(AlignOptions())))
+        check_option_names(sys.argv[1:], known_options())
         _command()
         from torchem.runtime import distributed
 
         distributed.stop()
+
+
+def known_options() -> list[str]:
+    """Names of all options, nested ones with dots."""
+    return list(run_folder.flatten(asdict(AlignOptions())))
 
 
 @hydra.main(version_base="1.3", config_path="pkg://torchem.configs", config_name="align")
