@@ -9,12 +9,12 @@ from torch import Tensor
 from torchem.ops.correlation import (
     Shifts,
     Tables,
-    _half_references,
     align,
     align_by_kernels,
     best_by_kernels,
     best_scores,
     correlation_table,
+    half_references,
     peaks_by_kernel,
     prepare_references,
 )
@@ -60,8 +60,7 @@ def test_best_angles(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
     expected = exact.amax(-1).permute(1, 3, 2, 0)
 
     ready = prepare_references(references.float(), rings, mirror)
-    operand, unit = _half_references(ready, -(-k // 4) * 4)
-    values, angles = best_by_kernels(images.float(), centres, ready, table, operand, unit)
+    values, angles = best_by_kernels(images.float(), centres, ready, table, *half_references(ready))
     assert values.shape == expected.shape
     assert float((values - expected).abs().max()) < 5e-4
     at_angle = exact.permute(1, 3, 2, 0, 4).gather(-1, angles.long()[..., None])[..., 0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ class References:
         odd frequencies, to the real and then the imaginary parts of Σ ε μ/n P Q*, and with mirrors of Σ ε μ/n P Q.
     profiles
         `(k, rings, 2·a)`: μ q at multiples of half the step between angles, from frequencies below n_r/2.
+    half
+        on a GPU, what its search takes: see :func:`half_references`.
     """
 
     rings: Rings
@@ -76,6 +78,7 @@ class References:
     mirror: bool
     spectra: list[Tensor]
     profiles: Tensor
+    half: tuple[Tensor, Tensor] | None = None
 
     @property
     def sides(self) -> int:
@@ -138,7 +141,9 @@ def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) ->
         angle = m[..., None] * turns
         for wave, part in ((angle.cos(), real), (angle.sin().neg(), imaginary)):
             profiles[:, : band.n_rings] += torch.einsum("pmkr,pma->kra", part, wave.to(samples))
-    return References(rings, k, mirror, spectra, profiles)
+    ready = References(rings, k, mirror, spectra, profiles)
+    by_kernels = references.is_cuda and references.dtype == torch.float32
+    return replace(ready, half=half_references(ready)) if by_kernels else ready
 
 
 def correlation_table(images: Tensor, centres: Tensor, references: References) -> Tensor:
@@ -452,16 +457,14 @@ def align_by_kernels(images: Tensor, centres: Tensor, references: References, sh
 
     Nothing here waits for the device.
     """
-    rings, table = references.rings, shifts.table().to(images.device)
-    padded = -(-references.count // TILE_REFERENCES) * TILE_REFERENCES
-    tables = Tables.of(rings, images.device)
-    operand, unit = _half_references(references, padded)
-    bytes_each = len(table) * (2 * tables.n_rows + 6 * padded * references.sides)
+    rings, table = references.rings, _shift_table(shifts, images.device)
+    half = references.half or half_references(references)
+    bytes_each = len(table) * (2 * Tables.of(rings, images.device).n_rows + 6 * half[0].shape[3] * references.sides)
     chunk = max(1, CHUNK_BYTES // (bytes_each * TILE_IMAGES)) * TILE_IMAGES
     parts = []
     for start in range(0, len(images), chunk):
         some, around = images[start : start + chunk], centres[start : start + chunk].double()
-        scores, angles = best_by_kernels(some, around, references, table, operand, unit)
+        scores, angles = best_by_kernels(some, around, references, table, *half)
         # the best shift of every reference and side, then the best few of these
         highest, shift = scores.max(0)
         sides = references.sides
@@ -486,6 +489,11 @@ def align_by_kernels(images: Tensor, centres: Tensor, references: References, sh
             nearest = turned.round().long()[:, None] % rings.n_angles
         parts.append(Alignment(reference[:, 0], mirror[:, 0], (turned + 0.5) * unit_angle, place[:, 0], peak))
     return Alignment(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Alignment)))
+
+
+@functools.lru_cache(maxsize=16)
+def _shift_table(shifts: Shifts, device: torch.device) -> Tensor:
+    return shifts.table().to(device)
 
 
 def best_by_kernels(
@@ -563,10 +571,10 @@ def peaks_by_kernel(
     return out
 
 
-def _half_references(references: References, padded: int) -> tuple[Tensor, Tensor]:
+def half_references(references: References) -> tuple[Tensor, Tensor]:
     """Operand of the kernel `(2, a/4, rings, padded, 2)`, at most 1, and what its products are to be multiplied by."""
     rings, k, sides = references.rings, references.count, references.sides
-    n_rings = -(-len(rings.radii) // 16) * 16
+    n_rings, padded = -(-len(rings.radii) // 16) * 16, -(-k // TILE_REFERENCES) * TILE_REFERENCES
     like = references.spectra[0]
     operand = like.new_zeros((2, rings.n_angles // 4, n_rings, padded, 2))
     for band, values in zip(rings.bands, references.spectra, strict=True):
