@@ -41,8 +41,9 @@ def rows(case: Case) -> Iterator[dict]:
         floor = floor_seconds(len(images), count, rings, shifts)
         yield {
             "operation": operation, "precision": "single", "n_particles": case.n_particles, "box": case.box,
-            "n_references": count, "x_range": case.x_range, "n_shifts": len(shifts.table()), "last_ring": rings.last, "ms": time * 1e3,
-            "images_per_s": len(images) / time, "floor_ms": floor * 1e3, "of_floor": floor / time, "peak_mb": peak,
+            "n_references": count, "x_range": case.x_range, "n_shifts": len(shifts.table()), "last_ring": rings.last,
+            "ms": time * 1e3, "images_per_s": len(images) / time, "floor_ms": floor * 1e3,
+            "of_floor": floor / time, "peak_mb": peak,
         }  # fmt: skip
 
 
