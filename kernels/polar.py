@@ -39,12 +39,12 @@ def polar_spectra(
 ):  # fmt: skip
     """Spectra of one ring at one shift, of IMAGES images; and its share of their weighted mean and mean square.
 
-    Program (images, shift × ring, frequencies); all rings here have 4·quarter samples. Images are padded to whole
+    Program (shift × ring, images, frequencies); all rings here have 4·quarter samples. Images are padded to whole
     programs, DEPTH and FREQUENCIES divide the quarter: nothing is masked, so that loads are wide.
     """
-    image = tl.program_id(0) * IMAGES + tl.arange(0, IMAGES)
-    shift = tl.program_id(1) // n_rings
-    ring = tl.program_id(1) % n_rings
+    image = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
+    shift = tl.program_id(0) // n_rings
+    ring = tl.program_id(0) % n_rings
     first = tl.program_id(2) * FREQUENCIES
     centre = (box // 2).to(tl.float32)
     x = tl.load(shifts + 2 * shift) + centre

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 # share of a device's memory that images may take
 KEPT = 0.5
-BATCH = {"cpu": 512, "cuda": 2048}
+BATCH = {"cpu": 512, "cuda": 1024}
 
 
 class Batches:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torchem.ops.polar import Rings
 
 MODES = ("mra", "rfa")
-# more shifts than this a pass would take for ever
-MOST_SHIFTS = 10_000
+# more shifts than these take too long, and on a GPU too much memory
+MOST_SHIFTS = 1000
 
 
 @dataclass

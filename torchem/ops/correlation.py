@@ -27,6 +27,8 @@ from torchem.ops.polar import Rings, polar_samples, quarter_waves, resampling, r
 BLOCK = 128
 # the kernels: images and references of a tile; bytes of the spectra and scores of a chunk of images
 TILE_IMAGES, TILE_REFERENCES, CHUNK_BYTES = 64, 4, 2**29
+# how they are launched: samples of a step, warps and registers for the spectra, warps and stages for the angles
+SPECTRA_DEPTH, SPECTRA_WARPS, SPECTRA_REGISTERS, ANGLES_WARPS, ANGLES_STAGES = 16, 8, 128, 16, 1
 # half precision may err by this; so many (reference, mirror) within it of an image's best are compared in float32
 MARGIN, CANDIDATES = 1e-3, 4
 # quadratics through neighbours 1 px apart, the second around the maximum of the first: neighbours that are whole pixels
@@ -518,10 +520,11 @@ def best_by_kernels(
     sample = 0
     for length, first, count in rings.groups:
         part = min(length // 4, 64)
-        polar_kernels.polar_spectra[(width // TILE_IMAGES, t * count, length // 4 // part)](
+        polar_kernels.polar_spectra[(t * count, width // TILE_IMAGES, length // 4 // part)](
             columns, tables.x, tables.y, shifts.float(), quarter_waves(length, torch.float16, device), tables.rows,
             tables.ring_weights, spectra, moments, sample, first, count, length // 4, n_rings, tables.n_rows + 16,
-            quarter, width, box, IMAGES=TILE_IMAGES, DEPTH=part, FREQUENCIES=part, num_warps=8, num_stages=1,
+            quarter, width, box, IMAGES=TILE_IMAGES, DEPTH=min(part, SPECTRA_DEPTH), FREQUENCIES=part,
+            num_warps=SPECTRA_WARPS, num_stages=1, maxnreg=SPECTRA_REGISTERS,
         )  # fmt: skip
         sample += length * count
     mean, square = moments.sum(1).unbind(1)
@@ -536,7 +539,7 @@ def best_by_kernels(
         spectra, tables.rows, tables.ring_counts, operand, quarter_waves(rings.n_angles, torch.float16, device),
         scale, values, angles, tables.n_rows + 16, quarter, operand.shape[2], tiles, width, padded,
         SIDES=sides, IMAGES=16, REFERENCES=TILE_REFERENCES, FREQUENCIES=16, RINGS=16, ANGLES=min(quarter, 64),
-        num_warps=16, num_stages=1,
+        num_warps=ANGLES_WARPS, num_stages=ANGLES_STAGES,
     )  # fmt: skip
     return values[:, : references.count, :, :n], angles[:, : references.count, :, :n]
 
