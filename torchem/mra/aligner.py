@@ -48,8 +48,9 @@ SETTLED_SHARE, SETTLED_PX = 0.01, 0.5
 SEED_IMAGES = 100
 # reference-free alignment: shifts are tried in ranges and steps that shrink so, the next when the power stops growing
 STAGES = ((1.0, 1.0), (0.5, 0.5), (0.25, 0.25), (0.25, 0.125))
-# in the first half of a run, classes of less than this share of the mean size make room
-SMALL_SHARE = 0.2
+# shares of the mean size: in the first half of a run, classes of less than the first make room, and of less than the
+# second if there are any of more than the third
+SMALL_SHARE, LOW_SHARE, HIGH_SHARE = 0.2, 0.5, 2.0
 # the least growth of the average's power from one iteration to the next
 POWER_GAIN = 1e-3
 
@@ -208,20 +209,22 @@ class MultiReferenceAligner(_Aligner):
         return self.world.broadcast_(torch.stack(seeds).to(self.device))
 
     def _reseat(self, references: Tensor, members: Tensor) -> Tensor:
-        """Give the seats of tiny classes to those images of the largest classes that fit these worst.
+        """Give the seats of the smallest classes to those images of the largest that fit these worst.
 
-        A class of fewer than four images is tiny; in the first half of the run also one of less than a fifth of the
-        mean size. A single noisy image would attract none; what two classes fell into one, the worse half is the other.
+        A class of fewer than four images is too small; in the first half of a run also one of less than a fifth of the
+        mean size, and one of less than half while another has more than twice the mean. What two kinds of images fell
+        into one class, its worse half is the other kind; a single noisy image would attract none.
         """
-        state, early = self.state, 2 * self.state.iteration <= self.options.max_iterations
-        sizes = members.cpu()
-        least = max(float(SMALLEST), SMALL_SHARE * len(self.images) / len(sizes) if early else 0.0)
-        largest = iter(sizes.argsort(descending=True).tolist())
-        for seat in (sizes < least).nonzero()[:, 0].tolist():
-            taken = next(largest)
-            own = (state.alignment.reference == taken).nonzero()[:, 0]
-            if sizes[taken] < 2 * SMALLEST:
+        state, sizes = self.state, members.cpu()
+        early = 2 * state.iteration <= self.options.max_iterations
+        mean = len(self.images) / len(sizes)
+        least = max(float(SMALLEST), SMALL_SHARE * mean if early else 0.0)
+        ascending = sizes.argsort(stable=True).tolist()
+        for seat, taken in zip(ascending, ascending[::-1], strict=True):
+            uneven = early and sizes[seat] < LOW_SHARE * mean and sizes[taken] > HIGH_SHARE * mean
+            if not (sizes[seat] < least or uneven) or sizes[taken] < 2 * SMALLEST or seat == taken:
                 break
+            own = (state.alignment.reference == taken).nonzero()[:, 0]
             worst = own[state.alignment.peak[own].argsort()[: len(own) // 2]]
             chosen = worst[torch.randperm(len(worst), generator=state.generator)[:SEED_IMAGES]]
             log.info("class %d has %d images: some of class %d take its seat", seat, int(sizes[seat]), taken)
