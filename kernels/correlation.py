@@ -9,20 +9,23 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=("n_rows", "quarter", "all_rings", "n_tiles"))
+@triton.jit(do_not_specialize=("n_rows", "quarter16", "rings16", "n_tiles", "padded4", "width64"))
 def best_angles(
     spectra, rows, ring_counts, references, waves, scale, values, angles,
-    n_rows, quarter, all_rings, n_tiles, width, padded,
+    n_rows, quarter16, rings16, n_tiles, width64, padded4,
     SIDES: tl.constexpr, IMAGES: tl.constexpr, REFERENCES: tl.constexpr, FREQUENCIES: tl.constexpr,
     RINGS: tl.constexpr, ANGLES: tl.constexpr,
 ):  # fmt: skip
     """Largest correlation coefficient over the angles, and the number of its angle.
 
-    Program (tile of images and references, shift). references: `(2, quarter, rings, padded, 2)`, values and angles:
+    Program (tile of images and references, shift). references: `(2, quarter, padded, 2, rings)`, values and angles:
     `(t, padded, SIDES, width)`. Images, references and rings are padded to whole tiles (references by 0), FREQUENCIES
-    and ANGLES divide the quarter: nothing is masked, so that loads are wide.
+    and ANGLES divide the quarter: nothing is masked, so that loads are wide. Of FREQUENCIES together the first has the
+    most rings, the others' references are 0 there.
     """
     ROWS: tl.constexpr = IMAGES * REFERENCES * SIDES
+    # handed over divided, so that the compiler sees that wide loads are aligned
+    quarter, all_rings, padded, width = quarter16 * 16, rings16 * 16, padded4 * 4, width64 * 64
     tile = tl.program_id(0)
     shift = tl.program_id(1).to(tl.int64)
     image = tile // n_tiles * IMAGES + tl.arange(0, IMAGES)
@@ -56,10 +59,8 @@ def best_angles(
                     p_real = tl.load(here + at)
                     at = (other[:, None, None] + r[None, None, :]).to(tl.int64) * width + image[None, :, None]
                     p_imaginary = tl.load(here + at)
-                    at = ((parity * quarter + low + frequency)[:, None, None] * all_rings + r[None, :, None]) * (
-                        2 * padded
-                    ) + column[None, None, :]
-                    q = tl.load(references + at)
+                    at = (parity * quarter + low + frequency)[:, None, None] * (2 * padded) + column[None, None, :]
+                    q = tl.load(references + at * all_rings + r[None, :, None])
                     of_real = tl.dot(p_real, q, of_real)
                     of_imaginary = tl.dot(p_imaginary, q, of_imaginary)
                 rr, ri = tl.split(of_real.reshape(FREQUENCIES, IMAGES, REFERENCES, 2))

@@ -31,10 +31,10 @@ def _samples(columns, points_x, points_y, place, x, y, reach, width, box, image)
     return upper + fy * (lower - upper)
 
 
-@triton.jit(do_not_specialize=("first_sample", "first_ring", "n_rings", "quarter", "all_rings", "n_rows"))
+@triton.jit(do_not_specialize=("first_sample", "first_ring", "n_rings", "quarter16", "all_rings", "n_rows", "width64"))
 def polar_spectra(
     columns, points_x, points_y, shifts, waves, rows, weights, spectra, moments,
-    first_sample, first_ring, n_rings, quarter, all_rings, n_rows, quarter_rows, width, box,
+    first_sample, first_ring, n_rings, quarter16, all_rings, n_rows, quarter_rows, width64, box,
     IMAGES: tl.constexpr, DEPTH: tl.constexpr, FREQUENCIES: tl.constexpr,
 ):  # fmt: skip
     """Spectra of one ring at one shift, of IMAGES images; and its share of their weighted mean and mean square.
@@ -42,6 +42,8 @@ def polar_spectra(
     Program (shift × ring, images, frequencies); all rings here have 4·quarter samples. Images are padded to whole
     programs, DEPTH and FREQUENCIES divide the quarter: nothing is masked, so that loads are wide.
     """
+    # handed over divided, so that the compiler sees that wide loads are aligned
+    quarter, width = quarter16 * 16, width64 * 64
     image = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
     shift = tl.program_id(0) // n_rings
     ring = tl.program_id(0) % n_rings

@@ -27,8 +27,10 @@ from torchem.ops.polar import Rings, polar_samples, quarter_waves, resampling, r
 BLOCK = 128
 # the kernels: images and references of a tile; bytes of the spectra and scores of a chunk of images
 TILE_IMAGES, TILE_REFERENCES, CHUNK_BYTES = 64, 4, 2**29
-# how they are launched: samples of a step, warps and registers for the spectra, warps and stages for the angles
-SPECTRA_DEPTH, SPECTRA_WARPS, SPECTRA_REGISTERS, ANGLES_WARPS, ANGLES_STAGES = 16, 8, 128, 16, 1
+# how they are launched: samples of a step, warps and registers for the spectra; frequencies of a step, warps and stages
+# for the angles
+SPECTRA_DEPTH, SPECTRA_WARPS, SPECTRA_REGISTERS = 16, 8, 128
+ANGLES_DEPTH, ANGLES_WARPS, ANGLES_STAGES = 32, 8, 2
 # half precision may err by this; so many (reference, mirror) within it of an image's best are compared in float32
 MARGIN, CANDIDATES = 1e-3, 4
 # quadratics through neighbours 1 px apart, the second around the maximum of the first: neighbours that are whole pixels
@@ -461,7 +463,7 @@ def align_by_kernels(images: Tensor, centres: Tensor, references: References, sh
     """
     rings, table = references.rings, _shift_table(shifts, images.device)
     half = references.half or half_references(references)
-    bytes_each = len(table) * (2 * Tables.of(rings, images.device).n_rows + 6 * half[0].shape[3] * references.sides)
+    bytes_each = len(table) * (2 * Tables.of(rings, images.device).n_rows + 6 * half[0].shape[2] * references.sides)
     chunk = max(1, CHUNK_BYTES // (bytes_each * TILE_IMAGES)) * TILE_IMAGES
     parts = []
     for start in range(0, len(images), chunk):
@@ -514,7 +516,8 @@ def best_by_kernels(
 
     n_rings = len(rings.radii)
     # the last rows are read together with rings that are not there, whose references are 0
-    spectra = torch.empty((t, tables.n_rows + 16, width), dtype=torch.float16, device=device)
+    n_rows = tables.n_rows + operand.shape[4]
+    spectra = torch.empty((t, n_rows, width), dtype=torch.float16, device=device)
     spectra[:, tables.n_rows :] = 0
     moments = torch.empty((t, n_rings, 2, width), device=device)
     sample = 0
@@ -522,8 +525,8 @@ def best_by_kernels(
         part = min(length // 4, 64)
         polar_kernels.polar_spectra[(t * count, width // TILE_IMAGES, length // 4 // part)](
             columns, tables.x, tables.y, shifts.float(), quarter_waves(length, torch.float16, device), tables.rows,
-            tables.ring_weights, spectra, moments, sample, first, count, length // 4, n_rings, tables.n_rows + 16,
-            quarter, width, box, IMAGES=TILE_IMAGES, DEPTH=min(part, SPECTRA_DEPTH), FREQUENCIES=part,
+            tables.ring_weights, spectra, moments, sample, first, count, length // 64, n_rings, n_rows, quarter,
+            width // 64, box, IMAGES=TILE_IMAGES, DEPTH=min(part, SPECTRA_DEPTH), FREQUENCIES=part,
             num_warps=SPECTRA_WARPS, num_stages=1, maxnreg=SPECTRA_REGISTERS,
         )  # fmt: skip
         sample += length * count
@@ -531,14 +534,15 @@ def best_by_kernels(
     variance = square - mean.square()
     scale = torch.where(variance > 0, variance, torch.inf).rsqrt() * unit
 
-    padded, sides = operand.shape[3], references.sides
+    padded, sides = operand.shape[2], references.sides
     values = torch.empty((t, padded, sides, width), device=device)
     angles = torch.empty((t, padded, sides, width), dtype=torch.int16, device=device)
     tiles = padded // TILE_REFERENCES
     kernels.best_angles[(width // 16 * tiles, t)](
         spectra, tables.rows, tables.ring_counts, operand, quarter_waves(rings.n_angles, torch.float16, device),
-        scale, values, angles, tables.n_rows + 16, quarter, operand.shape[2], tiles, width, padded,
-        SIDES=sides, IMAGES=16, REFERENCES=TILE_REFERENCES, FREQUENCIES=16, RINGS=16, ANGLES=min(quarter, 64),
+        scale, values, angles, n_rows, quarter // 16, operand.shape[4] // 16, tiles, width // 64, padded // 4,
+        SIDES=sides, IMAGES=16, REFERENCES=TILE_REFERENCES, FREQUENCIES=min(quarter, ANGLES_DEPTH), RINGS=16,
+        ANGLES=min(quarter, 64),
         num_warps=ANGLES_WARPS, num_stages=ANGLES_STAGES,
     )  # fmt: skip
     return values[:, : references.count, :, :n], angles[:, : references.count, :, :n]
@@ -575,14 +579,14 @@ def peaks_by_kernel(
 
 
 def half_references(references: References) -> tuple[Tensor, Tensor]:
-    """Operand of the kernel `(2, a/4, rings, padded, 2)`, at most 1, and what its products are to be multiplied by."""
+    """Operand of the kernel `(2, a/4, padded, 2, rings)`, at most 1, and what its products are to be multiplied by."""
     rings, k, sides = references.rings, references.count, references.sides
     n_rings, padded = -(-len(rings.radii) // 16) * 16, -(-k // TILE_REFERENCES) * TILE_REFERENCES
     like = references.spectra[0]
-    operand = like.new_zeros((2, rings.n_angles // 4, n_rings, padded, 2))
+    operand = like.new_zeros((2, rings.n_angles // 4, padded, 2, n_rings))
     for band, values in zip(rings.bands, references.spectra, strict=True):
         q = values.unflatten(3, (2, sides, k))[:, :, :, 0, 0]  # (2, 2, m, k, rings): Q, from the straight real parts
-        operand[:, band.low // 2 : band.high // 2, : band.n_rings, :k] = q.permute(1, 2, 4, 3, 0)
+        operand[:, band.low // 2 : band.high // 2, :k, :, : band.n_rings] = q.permute(1, 2, 3, 0, 4)
     largest = operand.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     unit = torch.exp2(largest.log2().ceil())
     return (operand / unit).half(), unit
