@@ -101,13 +101,13 @@ def run(options: AlignOptions, folder: Path, world: World, progress: Progress) -
 
     def first() -> Job:
         job = plan(options, folder)
-        if not finished(job):
+        if not job.state.finished:
             prepare(job)
         return job
 
     job = world.first(first)
     images, references = load(job.options)
-    if not finished(job):
+    if not job.state.finished:
         _iterate(job, images, references, world, progress)
     if world.rank == 0:
         _conclude(job, images)
@@ -152,11 +152,6 @@ def plan(options: AlignOptions, folder: Path) -> Job:
     elif state.used and state.settings is None:
         raise InputError(f"{folder}: holds a run that torchem did not start; choose another with run_name=NEW")
     return Job(options, state)
-
-
-def finished(job: Job) -> bool:
-    """Whether nothing is left to do: settled, or as many iterations as asked for."""
-    return job.state.finished or (job.state.iteration or 0) >= job.options.max_iterations
 
 
 def prepare(job: Job) -> None:

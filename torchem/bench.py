@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 _NUMBERS = ("n_particles", "box", "n_orientations", "n_shifts", "repeats")
 _OPTIONAL = ("n_references", "x_range")
-BENCHES = ("squared_difference", "significant", "fine", "backproject", "iteration", "refine", "weights", "memory", "mra")
+BENCHES = (
+    "squared_difference", "significant", "fine", "backproject", "iteration", "refine", "weights", "memory", "mra",
+)  # fmt: skip
 
 
 @dataclass

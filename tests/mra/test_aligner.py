@@ -39,8 +39,7 @@ def purity(table: pd.DataFrame, class_id: np.ndarray) -> float:
 
 def test_given_references_keep_their_frame() -> None:
     truth = blobs(60, 3)
-    options = replace(OPTIONS, references="refs.mrcs", max_iterations=3)
-    aligner = MultiReferenceAligner(options, in_memory(truth.images), truth.references)
+    aligner = MultiReferenceAligner(replace(OPTIONS, max_iterations=3), in_memory(truth.images), truth.references)
     *_, last = aligner
     assert last.parameters["class_id"].tolist() == truth.class_id.tolist()
     assert last.parameters["mirror"].tolist() == truth.mirror.tolist()
@@ -109,6 +108,14 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert torch.equal(resumed[-1].averages, whole[-1].averages)
     with pytest.raises(InputError, match="holds no whole iteration"):
         MultiReferenceAligner.resume(options, images, folder=tmp_path / "nothing")
+
+
+def test_references_are_needed() -> None:
+    images = in_memory(blobs(4, 1).images)
+    with pytest.raises(InputError, match="no references: give"):
+        MultiReferenceAligner(OPTIONS, images)
+    with pytest.raises(InputError, match="20 x 20 px, but the images have 24 px"):
+        MultiReferenceAligner(OPTIONS, images, np.zeros((1, 20, 20), np.float32))
 
 
 def test_unusable_images(caplog: pytest.LogCaptureFixture) -> None:

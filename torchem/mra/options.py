@@ -81,10 +81,6 @@ class AlignOptions:
             for option in ("references", "n_classes"):
                 value = getattr(self, option)
                 require(value is None, option, value, "mode=rfa makes its one reference itself; leave it out")
-        elif self.references is None and self.n_classes is None:
-            problems.append(
-                "no references: give references=STACK, or n_classes=NUMBER to make them of the images themselves"
-            )
         elif self.references is not None and self.n_classes is not None:
             problems.append(
                 f"n_classes={self.n_classes}: the references in {self.references} say how many; leave out one of both"
@@ -143,13 +139,17 @@ class AlignOptions:
             problems.append(
                 f"x_range={self.x_range:g}, y_range={self.y_range:g}: {wide} leave no ring; give a smaller range"
             )
+        if self.mode == "mra" and references is None and self.n_classes is None:
+            problems.append(
+                "no references: give references=STACK, or n_classes=NUMBER to make them of the images themselves"
+            )
         if self.n_classes is not None and self.n_classes > n_images:
             problems.append(f"n_classes={self.n_classes}: there are only {n_images} images; give fewer classes")
         if self.mode == "rfa" and n_images < 2:
             problems.append(f"{n_images} image: an average needs at least two")
         if references is not None and references[1:] != (box, box):
             problems.append(
-                f"references={self.references}: {references[2]} x {references[1]} px, but the images have {box} px; "
+                f"references={self.references}: {references[-1]} x {references[-2]} px, but the images have {box} px; "
                 "scale or clip the references"
             )
         if problems:

@@ -44,7 +44,7 @@ class Output:
         self.comment = "torchem" + (": simulated particles" if simulated else "")
 
     def write(self, iteration: Iteration, state: State, last: bool) -> None:
-        """Write run_it003_*, and after the last iteration run_*.
+        """Write run_it003_*, and in the last iteration run_* before these are marked as whole.
 
         Raises
         ------
@@ -54,11 +54,11 @@ class Output:
         stem = f"run_it{state.iteration:03d}"
         self._classes(f"{stem}_classes.mrcs", iteration)
         save_checkpoint(self.folder / f"{stem}_checkpoint.pt", state)
-        self._data(f"{stem}_{MARK}", iteration.parameters)
         if last or state.converged:
             self._classes("run_classes.mrcs", iteration)
             write_parameters(self.folder / "run_params.csv", iteration.parameters)
             self._data(f"run_{MARK}", iteration.parameters)
+        self._data(f"{stem}_{MARK}", iteration.parameters)
 
     def _classes(self, name: str, iteration: Iteration) -> None:
         averages = iteration.averages.cpu().numpy()
