@@ -205,7 +205,7 @@ def best_scores(images: Tensor, centres: Tensor, references: References, shifts:
         part = slice(start, start + BLOCK)
         columns = _columns(images[part], centres[part])
         for t, (x, y) in enumerate(table.tolist()):
-            samples = resampling(rings, x, y, images.dtype) @ columns
+            samples = resampling(rings, x, y, images.dtype, images.device) @ columns
             highest = _highest(_products(ring_spectra(samples, rings), references), rings)
             torch.mul(highest, _inverse_deviation(samples, rings), out=result[t, ..., part])
     return result.movedim(-1, 0)

@@ -134,8 +134,8 @@ def polar_samples(images: Tensor, rings: Rings, centres: Tensor, neighbours: boo
 
 
 @functools.lru_cache(maxsize=1024)
-def resampling(rings: Rings, x: float, y: float, dtype: torch.dtype) -> Tensor:
-    """:func:`polar_samples` at one centre as a sparse matrix `(samples, L²)`, on the CPU."""
+def resampling(rings: Rings, x: float, y: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """:func:`polar_samples` at one centre as a sparse matrix `(samples, L²)`."""
     box = rings.box
     _, px, py = rings.points()
     values, columns = [], []
@@ -151,7 +151,7 @@ def resampling(rings: Rings, x: float, y: float, dtype: torch.dtype) -> Tensor:
         return torch.sparse_csr_tensor(
             rows, torch.stack(columns, 1).flatten(), torch.stack(values, 1).flatten(), (len(px), box * box),
             check_invariants=False,
-        )  # fmt: skip
+        ).to(device)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
