@@ -10,9 +10,10 @@ PACKAGE = ROOT / "torchem"
 
 # what each package may import beside itself; commands, the files directly in torchem/, may import everything
 ALLOWED = {
-    "benchmarks": {"em", "imaging", "data", "ops", "runtime", "errors"},
+    "benchmarks": {"em", "mra", "imaging", "data", "ops", "runtime", "errors"},
     "report": {"em", "imaging", "data", "ops", "runtime", "errors"},
     "explore": {"imaging", "data", "ops", "runtime", "errors"},
+    "mra": {"imaging", "data", "ops", "runtime", "errors"},
     "em": {"imaging", "data", "ops", "runtime", "errors"},
     "imaging": {"data", "ops", "runtime", "errors"},
     "data": {"runtime", "errors"},

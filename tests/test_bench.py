@@ -15,9 +15,10 @@ from torchem.commands import to_options
 from torchem.errors import InputError
 
 # fixed: other programs call the command with them
-KEYS = "bench n_particles box n_orientations n_shifts precision backend repeats csv plot".split()
+KEYS = "bench n_particles box n_orientations n_shifts n_references x_range precision backend repeats csv plot".split()
 GRID = {"n_particles": 2, "n_orientations": 3, "n_shifts": 2, "box": 8, "repeats": 1}
 SMALL = {bench: GRID for bench in BENCHES[:4]} | {bench: {"n_particles": 8, "box": 24} for bench in BENCHES[4:]}
+SMALL["mra"] = {"n_particles": 8, "box": 24, "x_range": 1, "n_references": 2}
 ITERATIONS = {"iteration": 2, "refine": 1, "weights": 2}
 
 
@@ -93,6 +94,9 @@ def test_csv_is_appended_to() -> None:
         ({"bench": "fine", "backend": "triton"}, "only bench=squared_difference"),
         ({"precision": "fp8"}, "precision=fp8: must be one of"),
         ({"bench": "refine", "n_shifts": 9}, "chooses its own"),
+        ({"bench": "mra", "n_shifts": 9}, "give n_references and x_range"),
+        ({"bench": "mra", "x_range": 3}, "have no room for that"),
+        ({"bench": "fine", "n_references": 9}, "are for bench=mra"),
     ],
 )
 def test_refusal(options: dict, message: str) -> None:

@@ -8,9 +8,21 @@ import pytest
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_alignment_in_a_notebook(small_set: Callable, capsys: pytest.CaptureFixture) -> None:
+    (lines,) = (block for block in BLOCKS if "Aligner" in block)
+    small_set()
+    lines = lines.replace("n_classes=50, last_ring=36", "n_classes=2, last_ring=4, max_iterations=2")
+    names: dict = {}
+    exec(lines, names)
+    assert names["averages"].shape == (2, 16, 16) and len(names["table"]) == 12
+    assert capsys.readouterr().out.startswith("1 ")
+
 
 def test_notebook_lines(small_set: Callable, capsys: pytest.CaptureFixture) -> None:
-    (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (lines,) = (block for block in BLOCKS if "Refiner" in block)
     small_set()
     # the small set instead of the reader's, and one iteration of it
     lines = lines.replace('200, "D2"', '50, "C1"').replace(

@@ -15,11 +15,27 @@ if TYPE_CHECKING:
     from torchem.em.reference import read_reference
     from torchem.em.refiner import Refiner
     from torchem.errors import InputError
+    from torchem.mra.aligner import MultiReferenceAligner, ReferenceFreeAligner
+    from torchem.mra.options import AlignOptions
 
 __version__ = "0.1.0"
-__all__ = ["Images", "InputError", "Particles", "RefineOptions", "Refiner", "__version__", "read_reference"]
+__all__ = [
+    "AlignOptions",
+    "Images",
+    "InputError",
+    "MultiReferenceAligner",
+    "Particles",
+    "ReferenceFreeAligner",
+    "RefineOptions",
+    "Refiner",
+    "__version__",
+    "read_reference",
+]
 
 _HOME = {
+    "AlignOptions": "torchem.mra.options",
+    "MultiReferenceAligner": "torchem.mra.aligner",
+    "ReferenceFreeAligner": "torchem.mra.aligner",
     "Images": "torchem.data.images",
     "InputError": "torchem.errors",
     "Particles": "torchem.data.particles",

@@ -3,6 +3,7 @@
     python -m torchem.bench                                                     the squared difference, all precisions
     python -m torchem.bench bench=fine box=128 n_particles=500                  scores of pairs, slices cut on the way
     python -m torchem.bench -m box=22,42,60 precision=fp16 plot=true            a sweep, drawn
+    python -m torchem.bench -m bench=mra n_references=10,20,50,100 plot=true    2D alignment
     python -m torchem.bench bench=weights plot=true                             memory of the fine weights
 
 Every benchmark first checks that its results agree with a plainer computation, then prints a table, appends it to a CSV
@@ -29,18 +30,23 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _NUMBERS = ("n_particles", "box", "n_orientations", "n_shifts", "repeats")
-BENCHES = ("squared_difference", "significant", "fine", "backproject", "iteration", "refine", "weights", "memory")
+_OPTIONAL = ("n_references", "x_range")
+BENCHES = (
+    "squared_difference", "significant", "fine", "backproject", "iteration", "refine", "weights", "memory", "mra",
+)  # fmt: skip
 
 
 @dataclass
 class Settings:
     """What is measured; numbers that are not given are the benchmark's own."""
 
-    bench: str = "squared_difference"  # significant, fine, backproject, iteration, refine, weights, memory
+    bench: str = "squared_difference"  # significant, fine, backproject, iteration, refine, weights, memory, mra
     n_particles: int | None = None
     box: int | None = None  # px
     n_orientations: int | None = None  # fine, backproject: a particle's
     n_shifts: int | None = None
+    n_references: int | None = None  # mra
+    x_range: float | None = None  # mra: px on either side, in x and y
     # squared_difference: fp16, split, three, tf32, fp32, fp64, correlation, plain; others: single, double
     precision: str | None = None
     backend: str | None = None  # squared_difference: triton, matmul, reference
@@ -58,10 +64,17 @@ class Settings:
         """
         if self.bench not in BENCHES:
             raise InputError(f"bench={self.bench}: must be one of {', '.join(BENCHES)}")
-        for name in _NUMBERS:
+        for name in (*_NUMBERS, "n_references"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: must be at least 1")
+        mine, others = (self.n_references, self.x_range), (self.n_orientations, self.n_shifts)
+        if self.bench != "mra" and mine != (None, None):
+            raise InputError(f"bench={self.bench}: n_references and x_range are for bench=mra")
+        if self.bench == "mra" and others != (None, None):
+            raise InputError("bench=mra: give n_references and x_range, not n_orientations and n_shifts")
+        if self.x_range is not None and not 0 <= self.x_range < 50:
+            raise InputError(f"x_range={self.x_range}: must be between 0 and 50 px")
         if self.bench != "squared_difference":
             if self.precision not in (None, "single", "double"):
                 raise InputError(f"precision={self.precision}: must be single or double for bench={self.bench}")
@@ -103,7 +116,7 @@ def run(settings: Settings) -> None:
 
     benchmark = importlib.import_module(f"torchem.benchmarks.{settings.bench}")
     own = dict(zip(_NUMBERS, (*benchmark.SIZES[DEVICE.type], benchmark.REPEATS), strict=True))
-    chosen = {name: getattr(settings, name) for name in _NUMBERS if getattr(settings, name) is not None}
+    chosen = {name: getattr(settings, name) for name in (*_NUMBERS, *_OPTIONAL) if getattr(settings, name) is not None}
     case = Case(**own | chosen, precision=settings.precision, backend=settings.backend)
 
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -22,6 +22,8 @@ class Case:
     precision: str | None = None
     backend: str | None = None
     repeats: int = 5
+    n_references: int = 10
+    x_range: float = 3.0  # px
 
 
 def synchronize() -> None:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # axes from left to right: iterations, sizes; else kinds of arithmetic or memory
-AXES = ("iteration", "n_orientations", "box", "n_particles", "n_shifts", "precision", "allocator")
+AXES = ("iteration", "n_orientations", "box", "n_particles", "n_shifts", "n_references", "precision", "allocator")
 KINDS = ("precision", "allocator")
 LINES = ("operation", "stage", "allocator", "precision", "backend", "deterministic", "device")
 
@@ -15,7 +15,7 @@ LINES = ("operation", "stage", "allocator", "precision", "backend", "determinist
 def draw(table: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
     """Draw ``columns`` of a table, a panel each, the last measurement of every case; as PNG.
 
-    Memory in megabytes shares one logarithmic panel.
+    Memory in megabytes shares one logarithmic panel. A column's floor, what the device could do, is dashed.
     """
     axis = next((name for name in AXES if name in table and table[name].nunique() > 1), "precision")
     together = all(name.endswith("_mb") for name in columns)
@@ -27,7 +27,9 @@ def draw(table: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
             for key, part in table.groupby(lines) if lines else [((), table)]:
                 last = part.drop_duplicates(axis, keep="last").sort_values(axis, kind="stable")
                 label = " ".join([*([name] if together else []), *map(str, key)])
-                axes.plot(last[axis], last[name], "o" if axis in KINDS else "o-", label=label, alpha=0.7)
+                line = axes.plot(last[axis], last[name], "o" if axis in KINDS else "o-", label=label, alpha=0.7)
+                if f"floor_{name}" in table:
+                    axes.plot(last[axis], last[f"floor_{name}"], "--", color=line[0].get_color(), label="floor")
         axes.set_xlabel(axis)
         if axis not in KINDS:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

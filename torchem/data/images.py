@@ -88,7 +88,20 @@ def _of_particles(name: str, particles: Particles) -> Images:
         listed = ", ".join(f"{box} px of {size:g} Å" for box, size in sizes)
         raise InputError(f"{name} has images of different sizes ({listed}); bring them to one, or split the file")
     names = particles.table["rlnImageName"].tolist()
-    return Images(name, names, sizes[0][0], sizes[0][1], particles.images, particles.stacks.check, particles)
+    box, pixel_size = sizes[0]
+
+    def check() -> None:
+        stacks = particles.stacks
+        stacks.check()
+        for file in range(len(stacks.files)):
+            width = stacks.header(file).shape[2]
+            if width != box:
+                raise InputError(
+                    f"{stacks.path(file)}: images of {width} px, others of {name} have {box} px; scale or clip them to "
+                    "one size, or split the file"
+                )
+
+    return Images(name, names, box, pixel_size, particles.images, check, particles)
 
 
 def _of_mrc(name: str, pixel_size: float | None) -> Images:

@@ -1,7 +1,8 @@
 """The folder of a run: whether it is new, to be gone on with, or finished.
 
-A run is its folder: ``config.yaml`` holds the settings, ``run_it*_optimiser.star`` marks each iteration
-that was written whole, ``run_optimiser.star`` the end. Nothing is ever deleted.
+A run is its folder: ``config.yaml`` holds the settings, the file that an iteration writes last marks it as whole
+(``run_it*_optimiser.star``, of an alignment ``run_it*_data.star``), its like without a number the end. Nothing is ever
+deleted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torchem.errors import InputError
 
 # what may differ between two commands of one run: the result does not hang on it
 _FREE = ("device", "distributed.", "memory.", "resume", "run_name", "dataset.source")
-_ITERATION = re.compile(r"run_it(\d{3,})_optimiser\.star")
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class RunState:
         return self.iteration is not None or self.finished
 
 
-def inspect(folder: Path) -> RunState:
-    """Read the state of a run folder, which need not exist."""
+def inspect(folder: Path, mark: str = "optimiser.star") -> RunState:
+    """Read the state of a run folder, which need not exist; ``mark`` ends the name of what is written last."""
     names = os.listdir(folder) if folder.is_dir() else []
-    iterations = [int(match[1]) for name in names if (match := _ITERATION.fullmatch(name))]
+    iteration = re.compile(rf"run_it(\d{{3,}})_{re.escape(mark)}")
+    iterations = [int(match[1]) for name in names if (match := iteration.fullmatch(name))]
     settings = None
     if "config.yaml" in names:
         try:
@@ -49,7 +50,7 @@ def inspect(folder: Path) -> RunState:
             settings = None
         if not isinstance(settings, dict):
             raise InputError(f"{folder / 'config.yaml'}: not a torchem configuration; choose another run_name=NEW")
-    return RunState(folder, settings, max(iterations, default=None), "run_optimiser.star" in names)
+    return RunState(folder, settings, max(iterations, default=None), f"run_{mark}" in names)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

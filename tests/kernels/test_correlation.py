@@ -1,0 +1,122 @@
+"""The kernels of rotational correlation against the PyTorch reference in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchem.ops.correlation import (
+    Shifts,
+    Tables,
+    align,
+    align_by_kernels,
+    best_by_kernels,
+    best_scores,
+    correlation_table,
+    half_references,
+    peaks_by_kernel,
+    prepare_references,
+)
+from torchem.ops.polar import Rings, polar_samples, ring_spectra
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# box, rings, images, references, mirror: one ring length and several, odd and even boxes, partial tiles
+CASES = [(20, (1, 7), 3, 1, False), (33, (2, 14), 3, 5, True), (90, (40, 42), 1, 1, True)]
+SHIFTS = Shifts(0.5, 0, 0.5)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is handed out unwritten holds NaN."""
+    empty = torch.empty
+
+    def poisoned(*arguments: object, **options: object) -> Tensor:
+        values = empty(*arguments, **options)  # type: ignore[call-overload]
+        return values.fill_(math.nan) if values.is_floating_point() else values
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def problem(box: int, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """References of blobs, and noisy images of them."""
+    generator = torch.Generator().manual_seed(box + n + k)
+    axis = torch.arange(box, dtype=torch.float64) - box // 2
+    spots = (torch.rand((k, 6, 2, 1, 1), generator=generator, dtype=torch.float64) - 0.5) * 0.6 * box
+    distance = (axis - spots[:, :, 0]) ** 2 + (axis[:, None] - spots[:, :, 1]) ** 2
+    references = torch.exp(-distance / 6).sum(1)
+    images = references[torch.arange(n) % k] * torch.linspace(1, 3, n)[:, None, None]
+    images = images.transpose(1, 2).roll(1, 2) + 0.3 * torch.randn(images.shape, generator=generator) + 2
+    return references.to(DEVICE), images.to(DEVICE)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_best_angles(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
+    box, (first, last), n, k, mirror = case
+    references, images = problem(box, n, k)
+    rings, table = Rings(box, first, last), SHIFTS.table().to(DEVICE)
+    centres = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, -1.0]], dtype=torch.float64, device=DEVICE)[:n]
+    exact = correlation_table(images, centres[:, None] + table, prepare_references(references, rings, mirror))
+    expected = exact.amax(-1).permute(1, 3, 2, 0)
+
+    ready = prepare_references(references.float(), rings, mirror)
+    values, angles = best_by_kernels(images.float(), centres, ready, table, *half_references(ready))
+    assert values.shape == expected.shape
+    assert float((values - expected).abs().max()) < 5e-4
+    at_angle = exact.permute(1, 3, 2, 0, 4).gather(-1, angles.long()[..., None])[..., 0]
+    assert float((at_angle - expected).abs().max()) < 5e-4
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_alignment(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
+    """Peaks are those of double precision to 1e-5, whatever half precision found first."""
+    box, (first, last), n, k, mirror = case
+    references, images = problem(box, n, k)
+    rings, centres = Rings(box, first, last), torch.zeros((n, 2), dtype=torch.float64, device=DEVICE)
+    expected = align(images, centres, prepare_references(references, rings, mirror), SHIFTS)
+    found = align_by_kernels(images.float(), centres, prepare_references(references.float(), rings, mirror), SHIFTS)
+    assert found.reference.tolist() == expected.reference.tolist()
+    assert found.mirror.tolist() == expected.mirror.tolist()
+    assert torch.allclose(found.peak, expected.peak, rtol=1e-5)
+    assert torch.allclose(found.offset, expected.offset, atol=1e-3)
+    turn = torch.remainder(found.angle - expected.angle + math.pi, 2 * math.pi) - math.pi
+    assert float(turn.abs().max()) < 1e-4
+
+
+def test_candidates_that_are_not_wanted() -> None:
+    references, images = problem(20, 2, 2)
+    ready = prepare_references(references.float(), Rings(20, 1, 7))
+    which = torch.tensor([[0, 1], [1, 0]], device=DEVICE)
+    centres = torch.zeros((2, 2, 2), dtype=torch.float64, device=DEVICE)
+    nearest = torch.tensor([[0, 63], [5, 9]], device=DEVICE)
+    arguments = images.float(), centres, ready, which, which == 1, nearest
+    every, some = peaks_by_kernel(*arguments, None), peaks_by_kernel(*arguments, which == 1)
+    assert torch.isfinite(every).all()
+    assert torch.equal(some[which == 1], every[which == 1])
+    assert (some[which == 0] == -math.inf).all()
+
+
+def test_rows_of_the_spectra() -> None:
+    """Every ring has a row of its own for each of its frequencies."""
+    rings = Rings(90, 1, 36)
+    tables = Tables.of(rings, torch.device("cpu"))
+    used = [
+        int(row) + ring
+        for rows in tables.rows.flatten(0, 1)
+        for row, count in zip(rows, tables.ring_counts, strict=True)
+        for ring in range(int(count))
+    ]
+    assert sorted(used) == list(range(tables.n_rows))
+    assert tables.n_rows == sum(rings.lengths)
+    samples = polar_samples(torch.randn(1, 90, 90), rings, torch.zeros(1, 2)).T
+    assert ring_spectra(samples, rings).shape == (2, 2, 64, 36, 1)
+
+
+def test_scores_of_the_matrix_products() -> None:
+    """On a CPU in blocks, by sparse resampling: the same as the table."""
+    references, images = problem(33, 5, 3)
+    rings, table = Rings(33, 2, 14), SHIFTS.table()
+    ready = prepare_references(references.cpu(), rings)
+    exact = correlation_table(images.cpu(), table.expand(5, -1, -1), ready)
+    found = best_scores(images.cpu(), torch.zeros(5, 2), ready, SHIFTS)
+    assert torch.allclose(found, exact.amax(-1), rtol=1e-10)

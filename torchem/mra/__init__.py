@@ -1,0 +1,1 @@
+"""Alignment of images in two dimensions: multi-reference and reference-free."""

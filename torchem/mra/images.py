@@ -1,0 +1,78 @@
+"""The images of a run in batches on its device: kept there if there is room, else read while others are worked on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from torchem.data.images import Images
+
+log = logging.getLogger(__name__)
+
+# share of a device's memory that images may take
+KEPT = 0.5
+BATCH = {"cpu": 512, "cuda": 1024}
+
+
+class Batches:
+    """Batches of some of the images, the same in every iteration; no image is all alike or not a number.
+
+    Parameters
+    ----------
+    images
+        the whole set.
+    numbers
+        which of them are this process's.
+    """
+
+    def __init__(self, images: Images, numbers: range, device: torch.device) -> None:
+        self._images, self._device = images, device
+        size = BATCH[device.type]
+        self.parts = [torch.arange(i, min(i + size, numbers.stop)) for i in range(numbers.start, numbers.stop, size)]
+        needed = 4 * len(numbers) * images.box**2
+        self._kept: dict[int, Tensor] | None = None
+        if device.type == "cuda" and needed <= KEPT * torch.cuda.mem_get_info(device)[0]:
+            self._kept = {}
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers `(n,)` on the host and images `(n, L, L)` on the device, the next batch read ahead."""
+        with ThreadPoolExecutor(1) as reader:
+            ahead = None
+            for part in range(len(self.parts) + 1):
+                ready = ahead
+                ahead = reader.submit(self._read, part) if part < len(self.parts) else None
+                if ready is not None:
+                    images, event = ready.result()
+                    if event is not None:
+                        present = torch.cuda.current_stream(self._device)
+                        present.wait_event(event)
+                        images.record_stream(present)
+                    yield self.parts[part - 1], images
+
+    def _read(self, part: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self._kept is not None and part in self._kept:
+            return self._kept[part], None
+        images = self.read(self.parts[part])
+        if self._device.type != "cuda":
+            return images, None
+        with torch.cuda.stream(self._stream):
+            moved = images.pin_memory().to(self._device, non_blocking=True)
+            event = self._stream.record_event()
+        if self._kept is not None:
+            self._kept[part] = moved
+        return moved, event
+
+    def read(self, numbers: Tensor) -> Tensor:
+        """Images of any numbers `(n,)` on the host; what is not a number becomes 0, and is named."""
+        images = torch.from_numpy(self._images.read(numbers.numpy()))
+        good = torch.isfinite(images.flatten(1)).all(1)
+        for number in numbers[~good].tolist():
+            log.warning("image %d (%s) holds what is no number: taken as empty", number + 1, self._images.names[number])
+        images[~good] = 0
+        return images

@@ -1,0 +1,110 @@
+"""What a run of alignment leaves behind: parameters and averages of each iteration, and what is needed to go on.
+
+Files are written under temporary names; the table comes last and marks the iteration as whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchem.data.alignment import to_relion, write_parameters
+from torchem.data.files import replacing
+from torchem.data.images import Images
+from torchem.data.mrc import write_stack
+from torchem.data.star import write_star
+from torchem.errors import InputError
+from torchem.mra.state import Iteration, State
+from torchem.ops.correlation import Alignment
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# what marks an iteration, and the end of the run, as whole
+MARK = "data.star"
+
+
+class Output:
+    """The run folder's writer.
+
+    Parameters
+    ----------
+    images
+        the set, whose own columns stay in the output if it is a table.
+    simulated
+        mark every file as made from simulated images.
+    """
+
+    def __init__(self, folder: Path, images: Images, simulated: bool) -> None:
+        self.folder, self.images = folder, images
+        self.comment = "torchem" + (": simulated particles" if simulated else "")
+
+    def write(self, iteration: Iteration, state: State, last: bool) -> None:
+        """Write run_it003_*, and in the last iteration run_* before these are marked as whole.
+
+        Raises
+        ------
+        InputError
+            They could not be written.
+        """
+        stem = f"run_it{state.iteration:03d}"
+        self._classes(f"{stem}_classes.mrcs", iteration)
+        save_checkpoint(self.folder / f"{stem}_checkpoint.pt", state)
+        if last or state.converged:
+            self._classes("run_classes.mrcs", iteration)
+            write_parameters(self.folder / "run_params.csv", iteration.parameters)
+            self._data(f"run_{MARK}", iteration.parameters)
+        self._data(f"{stem}_{MARK}", iteration.parameters)
+
+    def _classes(self, name: str, iteration: Iteration) -> None:
+        averages = iteration.averages.cpu().numpy()
+        write_stack(self.folder / name, averages, self.images.pixel_size or 1.0, label=self.comment)
+
+    def _data(self, name: str, parameters: pd.DataFrame) -> None:
+        """Write RELION's table: the input's with what was found, or a new one."""
+        found = to_relion(parameters, self.images.pixel_size or 1.0)
+        particles = self.images.particles
+        if particles is None:
+            write_star(self.folder / name, {"particles": found}, self.comment)
+            return
+        table = particles.table.copy()
+        for label in found.columns.drop("rlnImageName"):
+            table[label] = found[label].to_numpy()
+        dataclasses.replace(particles, table=table).write(self.folder / name, self.comment)
+
+
+def save_checkpoint(path: Path, state: State) -> None:
+    """Write all of a state, exactly; the same state gives the same bytes."""
+    plain = dict(vars(state))
+    plain["alignment"] = dict(vars(state.alignment))
+    plain["references"] = state.references.cpu().clone()
+    plain["generator"] = state.generator.get_state()
+    buffer = io.BytesIO()
+    torch.save(plain, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def load_checkpoint(folder: Path, device: torch.device) -> State:
+    """The state after the last iteration that a folder holds whole.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    marks = sorted(folder.glob(f"run_it*_{MARK}"), key=lambda path: int(path.name[6 : -len(MARK) - 1]))
+    if not marks:
+        raise InputError(f"{folder}: holds no whole iteration of torchem; start a new run with run_name=NEW")
+    name = marks[-1].name.removesuffix(MARK) + "checkpoint.pt"
+    plain = torch.load(folder / name, map_location="cpu", weights_only=True)
+    plain["alignment"] = Alignment(**plain["alignment"])
+    plain["references"] = plain["references"].to(device)
+    generator = torch.Generator()
+    generator.set_state(plain["generator"])
+    plain["generator"] = generator
+    return State(**plain)

@@ -1,0 +1,592 @@
+r"""Rotational correlation of images with references, straight and mirrored, at every shift: the best of each image.
+
+With p the polar image around centre + s, q a polar reference (zero mean, unit variance) and μ the share of the disc of
+a sample, the correlation coefficient at the angle α is
+
+.. math:: C(s, α) = \frac{1}{σ_p(s)} \sum_r μ_r \sum_i p_s(r, θ_i)\, q(r, θ_i - α)
+          = \frac{1}{σ_p(s)} \Re \sum_{m \ge 0} ε_m e^{imα} \sum_r \frac{μ_r}{n_r} P_{rm} Q_{rm}^*,
+
+ε₀ = 1 and 2 otherwise; a mirrored reference q(π - φ) takes (-1)^m Q_{rm} for Q_{rm}^*. Both are normalised over the
+disc, weighted by radius, at every shift (Yang et al. 2012, ISAC), so references of unequal energy compete fairly.
+EMAN2's convention: aligned = mirror_x(rotate by α, then shift), which looks like the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from torchem.ops.polar import Rings, polar_samples, quarter_waves, resampling, ring_spectra
+
+# images of one block of the matrix products on a CPU, and of a peak's refinement
+BLOCK = 128
+# the kernels: images and references of a tile; bytes of the spectra and scores of a chunk of images
+TILE_IMAGES, TILE_REFERENCES, CHUNK_BYTES = 64, 4, 2**29
+# how they are launched: samples of a step, warps and registers for the spectra; frequencies of a step, warps and stages
+# for the angles
+SPECTRA_DEPTH, SPECTRA_WARPS, SPECTRA_REGISTERS = 16, 8, 128
+ANGLES_DEPTH, ANGLES_WARPS, ANGLES_STAGES = 32, 8, 2
+# half precision may err by this; so many (reference, mirror) within it of an image's best are compared in float32
+MARGIN, CANDIDATES = 1e-3, 4
+# quadratics through neighbours 1 px apart, the second around the maximum of the first: neighbours that are whole pixels
+# apart are interpolated alike, so that the smoothing of noise between pixels does not move the peak
+PASSES = 2
+
+
+@dataclass(frozen=True)
+class Shifts:
+    """Centres that are tried: multiples of ``step`` up to ``x_range`` and ``y_range`` (pixels) on either side."""
+
+    x_range: float
+    y_range: float
+    step: float
+
+    def axis(self, reach: float) -> list[float]:
+        count = math.floor(reach / self.step + 1e-6)
+        return [i * self.step for i in range(-count, count + 1)]
+
+    def table(self) -> Tensor:
+        """`(t, 2)` float64 pixels (x, y)."""
+        y, x = torch.meshgrid(
+            *(torch.tensor(self.axis(r), dtype=torch.float64) for r in (self.y_range, self.x_range)), indexing="ij"
+        )
+        return torch.stack([x.flatten(), y.flatten()], 1)
+
+    def free(self) -> tuple[bool, bool]:
+        """Whether there is anything to be found along x and y."""
+        return len(self.axis(self.x_range)) > 1, len(self.axis(self.y_range)) > 1
+
+
+@dataclass(frozen=True)
+class References:
+    """Polar references made ready for :func:`align`.
+
+    Attributes
+    ----------
+    spectra
+        for each band of the rings `(2, 2, m, 2·sides·k, rings)`: what takes real and imaginary parts of P, for even and
+        odd frequencies, to the real and then the imaginary parts of Σ ε μ/n P Q*, and with mirrors of Σ ε μ/n P Q.
+    profiles
+        `(k, rings, 2·a)`: μ q at multiples of half the step between angles, from frequencies below n_r/2.
+    half
+        on a GPU, what its search takes: see :func:`half_references`.
+    """
+
+    rings: Rings
+    count: int
+    mirror: bool
+    spectra: list[Tensor]
+    profiles: Tensor
+    half: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def sides(self) -> int:
+        return 2 if self.mirror else 1
+
+
+@dataclass
+class Alignment:
+    """Where each image fits best: aligned(x) = image(R(α) M x + offset), M the mirror of x.
+
+    Attributes
+    ----------
+    reference, mirror
+        `(n,)` int64 and bool.
+    angle
+        `(n,)` radians, α.
+    offset
+        `(n, 2)` pixels (x, y): the aligned image's centre in the image, from pixel L//2.
+    peak
+        `(n,)` correlation coefficient.
+    """
+
+    reference: Tensor
+    mirror: Tensor
+    angle: Tensor
+    offset: Tensor
+    peak: Tensor
+
+    def shift(self) -> Tensor:
+        """`(n, 2)` EMAN2's sx and sy in pixels, applied after the rotation by alpha: -R(-α) offset."""
+        c, s = self.angle.cos(), self.angle.sin()
+        x, y = self.offset.unbind(-1)
+        return -torch.stack([c * x + s * y, c * y - s * x], -1)
+
+
+def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) -> References:
+    """Sample, normalise and transform references `(k, L, L)`, to be compared straight and, if so, mirrored."""
+    k = len(references)
+    samples = polar_samples(references, rings, references.new_zeros((k, 2))).T
+    weights = _weights(rings, samples.dtype, samples.device)
+    samples = samples - weights @ samples
+    power = weights @ samples.square()
+    # an empty reference stays empty, and correlates with nothing
+    samples = samples * torch.where(power > 0, power, torch.ones_like(power)).rsqrt()
+    ring_weight = (rings.weights() / torch.tensor(rings.lengths)).to(samples)
+    turns = torch.arange(2 * rings.n_angles, dtype=torch.float64, device=samples.device) * (math.pi / rings.n_angles)
+    profiles = samples.new_zeros((k, len(rings.radii), len(turns)))
+    transform = ring_spectra(samples, rings)
+    spectra = []
+    for band in rings.bands:
+        q = transform[:, :, band.low // 2 : band.high // 2, : band.n_rings] * (2 * ring_weight[: band.n_rings, None])
+        if band.low == 0:
+            q[:, 0, 0] /= 2
+        real, imaginary = q.mT  # (2, m, k, rings)
+        # columns that real and imaginary parts meet, and rows of real and imaginary, straight and mirrored results
+        of_real = [real, real, -imaginary, imaginary][:: 1 if mirror else 2]
+        of_imaginary = [imaginary, -imaginary, real, real][:: 1 if mirror else 2]
+        spectra.append(torch.stack([torch.cat(of_real, 2), torch.cat(of_imaginary, 2)]))
+        m = torch.arange(band.low, band.high, dtype=torch.float64, device=samples.device).reshape(-1, 2).T
+        angle = m[..., None] * turns
+        for wave, part in ((angle.cos(), real), (angle.sin().neg(), imaginary)):
+            profiles[:, : band.n_rings] += torch.einsum("pmkr,pma->kra", part, wave.to(samples))
+    ready = References(rings, k, mirror, spectra, profiles)
+    by_kernels = references.is_cuda and references.dtype == torch.float32
+    return replace(ready, half=half_references(ready)) if by_kernels else ready
+
+
+def correlation_table(images: Tensor, centres: Tensor, references: References) -> Tensor:
+    """Correlation coefficients at every angle: the reference, which holds all of them.
+
+    Parameters
+    ----------
+    images
+        `(n, L, L)` of the references' dtype.
+    centres
+        `(n, t, 2)` pixels (x, y) from pixel L//2.
+
+    Returns
+    -------
+    `(n, t, 1 or 2, k, a)`: straight and mirrored, at the angles (i + ½)·2π/a.
+    """
+    rings, (n, t) = references.rings, centres.shape[:2]
+    samples = polar_samples(images.repeat_interleave(t, 0), rings, centres.flatten(0, 1)).T
+    quarters = _angles(_products(ring_spectra(samples, rings), references), rings)
+    table = _natural(quarters) * _inverse_deviation(samples, rings)
+    if references.mirror:  # mirrored references are turned by half a circle
+        table[:, 1] = table[:, 1].roll(rings.n_angles // 2, 0)
+    return table.movedim(-1, 0).unflatten(0, (n, t)).movedim(2, -1)
+
+
+def align(images: Tensor, centres: Tensor, references: References, shifts: Shifts) -> Alignment:
+    """Find reference, mirror, angle and shift of the highest correlation coefficient.
+
+    The best point of the grid, then the maximum of the quadratic through its neighbours in angle and both shifts.
+
+    Parameters
+    ----------
+    images
+        `(n, L, L)`.
+    centres
+        `(n, 2)` whole pixels (x, y) from pixel L//2, around which shifts are tried.
+    references
+        of the images' dtype and device; float32 on a GPU goes through the Triton kernels.
+    """
+    if images.is_cuda and images.dtype == torch.float32:
+        return align_by_kernels(images, centres, references, shifts)
+    scores = best_scores(images, centres, references, shifts)
+    best = scores.flatten(1).argmax(1)
+    k = references.count
+    shift = shifts.table().to(images.device)[best // scores[0, 0].numel()]
+    mirror = best // k % references.sides == 1
+    return refine_peaks(images, centres + shift, references, best % k, mirror, shifts.free())
+
+
+def best_scores(images: Tensor, centres: Tensor, references: References, shifts: Shifts) -> Tensor:
+    """The best angle's correlation coefficient: `(n, t, 1 or 2, k)`, mirrored ones second."""
+    rings, table = references.rings, shifts.table()
+    result = images.new_empty((len(table), references.sides, references.count, len(images)))
+    for start in range(0, len(images), BLOCK):
+        part = slice(start, start + BLOCK)
+        columns = _columns(images[part], centres[part])
+        for t, (x, y) in enumerate(table.tolist()):
+            samples = resampling(rings, x, y, images.dtype, images.device) @ columns
+            highest = _highest(_products(ring_spectra(samples, rings), references), rings)
+            torch.mul(highest, _inverse_deviation(samples, rings), out=result[t, ..., part])
+    return result.movedim(-1, 0)
+
+
+def refine_peaks(
+    images: Tensor, centres: Tensor, references: References, reference: Tensor, mirror: Tensor,
+    free: tuple[bool, bool] = (True, True),
+) -> Alignment:  # fmt: skip
+    """Angle, offset and height of a given reference's peak near a given centre, interpolated.
+
+    Parameters
+    ----------
+    centres
+        `(n, 2)` pixels (x, y) from pixel L//2.
+    reference, mirror
+        `(n,)`.
+    free
+        whether the centre may move along x and y.
+    """
+    rings = references.rings
+    unit = 2 * math.pi / rings.n_angles
+    centres = centres.double().clone()
+    angle, peak = (centres.new_empty(len(images)) for _ in range(2))
+    for part in torch.arange(len(images), device=images.device).split(BLOCK):
+        own, sides = reference[part], mirror[part]
+        for step in range(PASSES):
+            samples = polar_samples(images[part], rings, centres[part], neighbours=True)
+            if step == 0:
+                nearest = _best_angle(samples[:, 1, 1].T, references, own, sides)
+            values = _scores(samples.flatten(1, 2), references, own, sides, nearest).unflatten(2, (3, 3))
+            moved, peak[part] = quadratic_peak(values, (True, free[1], free[0]))
+            centres[part] += moved[:, [2, 1]]
+            angle[part] = (nearest + 0.5 + moved[:, 0]) * unit
+            nearest = (nearest + moved[:, 0]).round().long() % rings.n_angles
+    return Alignment(reference, mirror, angle, centres, peak)
+
+
+def quadratic_peak(values: Tensor, free: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor]:
+    """Maximum of the least-squares quadratic through 3 × 3 × 3 values.
+
+    Parameters
+    ----------
+    values
+        `(n, 3, 3, 3)`.
+    free
+        the axes along which the maximum is looked for.
+
+    Returns
+    -------
+    `(n, 3)` float64 place in steps from the middle, at most 1 along each axis, and `(n,)` float64 height.
+    """
+    axes = [axis for axis in range(3) if free[axis]]
+    # constant, gradient, upper triangle of half the Hessian
+    coefficients = values.double().flatten(1) @ _quadratic(tuple(axes), values.device).T
+    n, d = len(values), len(axes)
+    gradient, half = coefficients.new_zeros((n, 3)), coefficients.new_zeros((n, 3, 3))
+    gradient[:, axes] = coefficients[:, 1 : 1 + d]
+    pairs = itertools.combinations_with_replacement(axes, 2)
+    for (row, column), value in zip(pairs, coefficients[:, 1 + d :].unbind(1), strict=True):
+        half[:, row, column] = value
+    hessian = half + half.mT
+    for axis in set(range(3)) - set(axes):
+        hessian[:, axis, axis] = -1
+    # a maximum if minus the Hessian has positive minors; without one, along each axis by itself if it has one there
+    x, y, z = hessian.unbind(1)
+    determinant = (x * torch.linalg.cross(y, z)).sum(1)
+    peaked = (x[:, 0] < 0) & (x[:, 0] * y[:, 1] > x[:, 1].square()) & (determinant < 0)
+    diagonal = hessian.diagonal(dim1=1, dim2=2).clamp(max=-torch.finfo(torch.float64).tiny)
+    adjugate = torch.stack([torch.linalg.cross(y, z), torch.linalg.cross(z, x), torch.linalg.cross(x, y)], 1)
+    newton = (adjugate * gradient[:, None]).sum(2) / determinant[:, None]
+    step = -torch.where(peaked[:, None], newton, gradient / diagonal).clamp(-1, 1)
+    hessian = torch.where(peaked[:, None, None], hessian, torch.diag_embed(diagonal))
+    rise = (gradient * step).sum(1) + 0.5 * (step[:, None] @ hessian @ step[..., None]).flatten()
+    return step, coefficients[:, 0] + rise
+
+
+@functools.lru_cache
+def _quadratic(axes: tuple[int, ...], device: torch.device) -> Tensor:
+    """What takes 3 × 3 × 3 values to the coefficients of the quadratic along some axes, through the middle."""
+    places = torch.cartesian_prod(*[torch.arange(-1.0, 2.0, dtype=torch.float64)] * 3)
+    pairs = itertools.combinations_with_replacement(axes, 2)
+    columns = [torch.ones(27, dtype=torch.float64), *(places[:, i] for i in axes)]
+    terms = torch.stack(columns + [places[:, i] * places[:, j] for i, j in pairs], 1)
+    taken = [not any(place[axis] for axis in range(3) if axis not in axes) for place in places]
+    inverse = torch.zeros(terms.shape[1], 27, dtype=torch.float64)
+    inverse[:, taken] = torch.linalg.pinv(terms[taken])
+    return inverse.to(device)
+
+
+def _columns(images: Tensor, centres: Tensor) -> Tensor:
+    """Images around whole-pixel centres, flattened, side by side `(L², b)`; an image's edge goes on."""
+    box = images.shape[-1]
+    images = (images - images.mean((1, 2), keepdim=True)) / images.std((1, 2), keepdim=True).clamp(min=1e-30)
+    axis = torch.arange(box, device=images.device)
+    x, y = ((axis + c[:, None]).clamp(0, box - 1) for c in centres.round().long().unbind(1))
+    pixel = (y[:, :, None] * box + x[:, None, :]).flatten(1)
+    return images.flatten(1).gather(1, pixel).T.contiguous()
+
+
+def _inverse_deviation(samples: Tensor, rings: Rings) -> Tensor:
+    """`(b,)`: one over the weighted standard deviation of each column; 0 for a flat one."""
+    weights = _weights(rings, samples.dtype, samples.device)
+    variance = weights @ samples.square() - (weights @ samples).square()
+    return torch.where(variance > 0, variance, torch.inf).rsqrt()
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(rings: Rings, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`(samples,)`: share of the disc, in the samples' order; they add up to 1."""
+    return rings.weights()[rings.points()[0]].to(device, dtype)
+
+
+def _products(spectra: Tensor, references: References) -> Tensor:
+    """Sums over rings of all images with all references: `(2, a/4, 2, sides, k, b)`, real and imaginary parts."""
+    b, sides, k = spectra.shape[-1], references.sides, references.count
+    result = spectra.new_empty((2, references.rings.n_angles // 4, 2 * sides * k, b))
+    for band, q in zip(references.rings.bands, references.spectra, strict=True):
+        rows = slice(band.low // 2, band.high // 2)
+        for parity in (0, 1):
+            out = result[parity, rows]
+            torch.bmm(q[0, parity], spectra[0, parity, rows, : band.n_rings], out=out)
+            out.baddbmm_(q[1, parity], spectra[1, parity, rows, : band.n_rings])
+    return result.unflatten(2, (2, sides, k))
+
+
+def _waves(products: Tensor, rings: Rings) -> Tensor:
+    """`(2, 2, a/4, …)`: sums of cosines and of sines, over even and odd frequencies, at the first quarter's angles."""
+    waves = quarter_waves(rings.n_angles, products.dtype, products.device)
+    result = products.new_empty((2, 2, *products.shape[1:2], *products.shape[3:]))
+    for part in (0, 1):
+        for parity in (0, 1):
+            torch.mm(
+                waves[part, parity].T, products[parity, :, part].flatten(1), out=result[part, parity].flatten(1)
+            )
+    return result
+
+
+def _angles(products: Tensor, rings: Rings) -> Tensor:
+    """`(4, a/4, …)`: correlations at θ, π - θ, π + θ and -θ."""
+    (even, odd), (sine_even, sine_odd) = _waves(products, rings)
+    near, far, s, d = even + odd, even - odd, sine_even + sine_odd, sine_even - sine_odd
+    return torch.stack([near - s, far + d, far - d, near + s])
+
+
+def _natural(quarters: Tensor) -> Tensor:
+    """Angles in their order, `(a, …)`."""
+    return torch.cat([quarters[0], quarters[1].flip(0), quarters[2], quarters[3].flip(0)])
+
+
+def _highest(products: Tensor, rings: Rings) -> Tensor:
+    """The largest over all angles."""
+    (even, odd), (sine_even, sine_odd) = _waves(products, rings)
+    near = (sine_even + sine_odd).abs_().add_(even).add_(odd).amax(0)
+    return torch.maximum(near, sine_even.sub_(sine_odd).abs_().add_(even.sub_(odd)).amax(0))
+
+
+def _best_angle(samples: Tensor, references: References, reference: Tensor, mirror: Tensor) -> Tensor:
+    """`(b,)`: number of the angle at which each column `(samples, b)` fits its own reference best."""
+    rings = references.rings
+    products = []
+    transform = ring_spectra(samples, rings)
+    for band, q in zip(rings.bands, references.spectra, strict=True):
+        p = transform[:, :, band.low // 2 : band.high // 2, : band.n_rings].mT[:, :, :, None]
+        q = q.unflatten(3, (2, references.sides, references.count))
+        own = q[:, :, :, :, mirror.long(), reference]  # (2, 2, m, 2, b, rings)
+        products.append((own * p).sum((0, -1)))
+    angles = _natural(_angles(torch.cat(products, 1), rings)).argmax(0)
+    return (angles + mirror * (rings.n_angles // 2)) % rings.n_angles
+
+
+def _scores(
+    samples: Tensor, references: References, reference: Tensor, mirror: Tensor, nearest: Tensor
+) -> Tensor:
+    """Correlation coefficients with each image's own reference at its nearest angle and one step to either side.
+
+    Parameters
+    ----------
+    samples
+        `(n, c, samples)`: at c centres.
+    nearest
+        `(n,)` number of the angle.
+
+    Returns
+    -------
+    `(n, 3, c)`, summed sample by sample.
+    """
+    rings = references.rings
+    ring, place = _places(rings, samples.device)
+    # in half steps: θ - α, and π + α - θ for mirrored images
+    alpha = 2 * (nearest[:, None] + torch.arange(-1, 2, device=samples.device))[..., None] + 1
+    turned = torch.where(mirror[:, None, None], rings.n_angles + alpha - place, place - alpha) % (2 * rings.n_angles)
+    profiles = references.profiles.flatten(1)[reference]
+    profiles = profiles.gather(1, (ring * (2 * rings.n_angles) + turned).flatten(1)).unflatten(1, turned.shape[1:])
+    weights = _weights(rings, samples.dtype, samples.device)
+    variance = samples.square() @ weights - (samples @ weights).square()
+    return (profiles @ samples.mT) * torch.where(variance > 0, variance, torch.inf).rsqrt()[:, None]
+
+
+@functools.lru_cache(maxsize=16)
+def _places(rings: Rings, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ring of each sample, and its angle in halves of the step between the angles of a comparison."""
+    ring, x, y = rings.points()
+    place = (torch.atan2(y, x) * (rings.n_angles / math.pi)).round().long()
+    return ring.to(device), place.to(device)
+
+
+# on a GPU
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the kernels know of rings, on their device.
+
+    Attributes
+    ----------
+    x, y
+        `(samples,)` float32 pixels from the centre; ``ring``, ``place``, ``weights`` as on the host.
+    rows
+        `(2, 2, a/4)` int32: the row of the outermost ring, by part, parity and frequency // 2, in a list of all rings
+        that have the frequency; ``n_rows`` rows in all.
+    ring_counts
+        `(a/4,)` int32.
+    """
+
+    x: Tensor
+    y: Tensor
+    ring: Tensor
+    place: Tensor
+    weights: Tensor
+    ring_weights: Tensor
+    rows: Tensor
+    ring_counts: Tensor
+    n_rows: int
+
+    @staticmethod
+    @functools.lru_cache(maxsize=16)
+    def of(rings: Rings, device: torch.device) -> Tables:
+        """The tables of one set of rings."""
+        _, x, y = rings.points()
+        counts = torch.cat([torch.full(((b.high - b.low) // 2,), b.n_rings) for b in rings.bands])
+        ends = counts.repeat(4).cumsum(0)
+        rows = (ends - counts.repeat(4)).reshape(2, 2, -1)
+        ring, place = _places(rings, device)
+        return Tables(
+            x.float().to(device), y.float().to(device), ring.int(), place.int(), _weights(rings, torch.float32, device),
+            rings.weights().float().to(device), rows.int().to(device), counts.int().to(device), int(ends[-1]),
+        )  # fmt: skip
+
+
+def align_by_kernels(images: Tensor, centres: Tensor, references: References, shifts: Shifts) -> Alignment:
+    """:func:`align` by the Triton kernels: a search in half precision, the best few compared and refined in float32.
+
+    Nothing here waits for the device.
+    """
+    rings, table = references.rings, _shift_table(shifts, images.device)
+    half = references.half or half_references(references)
+    bytes_each = len(table) * (2 * Tables.of(rings, images.device).n_rows + 6 * half[0].shape[2] * references.sides)
+    chunk = max(1, CHUNK_BYTES // (bytes_each * TILE_IMAGES)) * TILE_IMAGES
+    parts = []
+    for start in range(0, len(images), chunk):
+        some, around = images[start : start + chunk], centres[start : start + chunk].double()
+        scores, angles = best_by_kernels(some, around, references, table, *half)
+        # the best shift of every reference and side, then the best few of these
+        highest, shift = scores.max(0)
+        sides = references.sides
+        best, which = highest.flatten(0, 1).topk(min(CANDIDATES, sides * references.count), dim=0)
+        its_shift = shift.flatten(0, 1).gather(0, which)
+        nearest = angles.flatten(1, 2).gather(1, which[None].expand(len(table), -1, -1)).gather(0, its_shift[None])[0]
+        wanted = best >= best[:1] - MARGIN
+        candidates = around[:, None] + table[its_shift.T]
+        reference, mirror, nearest = (which // sides).T, (which % sides == 1).T, nearest.T.long()
+        values = peaks_by_kernel(some, candidates, references, reference, mirror, nearest, wanted.T)
+        taken = values[:, :, 1, 4].argmax(1, keepdim=True)
+        reference, mirror, nearest = (x.gather(1, taken) for x in (reference, mirror, nearest))
+        place = candidates.gather(1, taken[..., None].expand(-1, -1, 2))
+        values = values.gather(1, taken[..., None, None].expand(-1, -1, 3, 9))[:, 0]
+        free, unit_angle = shifts.free(), 2 * math.pi / rings.n_angles
+        for step in range(PASSES):
+            if step:
+                values = peaks_by_kernel(some, place, references, reference, mirror, nearest, None)[:, 0]
+            moved, peak = quadratic_peak(values.unflatten(2, (3, 3)), (True, free[1], free[0]))
+            place = place + moved[:, None, [2, 1]]
+            turned = nearest[:, 0] + moved[:, 0]
+            nearest = turned.round().long()[:, None] % rings.n_angles
+        parts.append(Alignment(reference[:, 0], mirror[:, 0], (turned + 0.5) * unit_angle, place[:, 0], peak))
+    return Alignment(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Alignment)))
+
+
+@functools.lru_cache(maxsize=16)
+def _shift_table(shifts: Shifts, device: torch.device) -> Tensor:
+    return shifts.table().to(device)
+
+
+def best_by_kernels(
+    images: Tensor, centres: Tensor, references: References, shifts: Tensor, operand: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Highest correlation coefficients in half precision and the numbers of their angles: `(t, k, sides, n)` each."""
+    from torchem.kernels import correlation as kernels
+    from torchem.kernels import polar as polar_kernels
+
+    rings, device = references.rings, images.device
+    tables = Tables.of(rings, device)
+    n, t, quarter, box = len(images), len(shifts), rings.n_angles // 4, rings.box
+    width = -(-n // TILE_IMAGES) * TILE_IMAGES
+    columns = torch.zeros((box * box, width), dtype=torch.float16, device=device)
+    columns[:, :n] = _columns(images, centres)
+
+    n_rings = len(rings.radii)
+    # the last rows are read together with rings that are not there, whose references are 0
+    n_rows = tables.n_rows + operand.shape[4]
+    spectra = torch.empty((t, n_rows, width), dtype=torch.float16, device=device)
+    spectra[:, tables.n_rows :] = 0
+    moments = torch.empty((t, n_rings, 2, width), device=device)
+    sample = 0
+    for length, first, count in rings.groups:
+        part = min(length // 4, 64)
+        polar_kernels.polar_spectra[(t * count, width // TILE_IMAGES, length // 4 // part)](
+            columns, tables.x, tables.y, shifts.float(), quarter_waves(length, torch.float16, device), tables.rows,
+            tables.ring_weights, spectra, moments, sample, first, count, length // 64, n_rings, n_rows, quarter,
+            width // 64, box, IMAGES=TILE_IMAGES, DEPTH=min(part, SPECTRA_DEPTH), FREQUENCIES=part,
+            num_warps=SPECTRA_WARPS, num_stages=1, maxnreg=SPECTRA_REGISTERS,
+        )  # fmt: skip
+        sample += length * count
+    mean, square = moments.sum(1).unbind(1)
+    variance = square - mean.square()
+    scale = torch.where(variance > 0, variance, torch.inf).rsqrt() * unit
+
+    padded, sides = operand.shape[2], references.sides
+    values = torch.empty((t, padded, sides, width), device=device)
+    angles = torch.empty((t, padded, sides, width), dtype=torch.int16, device=device)
+    tiles = padded // TILE_REFERENCES
+    kernels.best_angles[(width // 16 * tiles, t)](
+        spectra, tables.rows, tables.ring_counts, operand, quarter_waves(rings.n_angles, torch.float16, device),
+        scale, values, angles, n_rows, quarter // 16, operand.shape[4] // 16, tiles, width // 64, padded // 4,
+        SIDES=sides, IMAGES=16, REFERENCES=TILE_REFERENCES, FREQUENCIES=min(quarter, ANGLES_DEPTH), RINGS=16,
+        ANGLES=min(quarter, 64),
+        num_warps=ANGLES_WARPS, num_stages=ANGLES_STAGES,
+    )  # fmt: skip
+    return values[:, : references.count, :, :n], angles[:, : references.count, :, :n]
+
+
+def peaks_by_kernel(
+    images: Tensor, centres: Tensor, references: References, reference: Tensor, mirror: Tensor, nearest: Tensor,
+    wanted: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Correlation coefficients around the peaks of c candidates of each image in float32: `(n, c, 3, 9)`.
+
+    Parameters
+    ----------
+    centres
+        `(n, c, 2)` float64.
+    reference, mirror, nearest
+        `(n, c)`, the last the number of the angle.
+    wanted
+        `(n, c)`: others are minus infinity; None: all.
+    """
+    from torchem.kernels import correlation as kernels
+
+    rings = references.rings
+    tables = Tables.of(rings, images.device)
+    out = torch.empty((*reference.shape, 3, 9), device=images.device)
+    wanted = torch.ones_like(reference) if wanted is None else wanted
+    integers = (x.int().contiguous() for x in (reference, mirror, nearest, wanted))
+    kernels.peak_values[(reference.numel(),)](
+        images.contiguous(), tables.x, tables.y, tables.ring, tables.place, tables.weights, references.profiles,
+        centres.contiguous(), *integers, out, rings.n_samples, len(rings.radii), rings.n_angles, reference.shape[1],
+        rings.box, SAMPLES=64, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def half_references(references: References) -> tuple[Tensor, Tensor]:
+    """Operand of the kernel `(2, a/4, padded, 2, rings)`, at most 1, and what its products are to be multiplied by."""
+    rings, k, sides = references.rings, references.count, references.sides
+    n_rings, padded = -(-len(rings.radii) // 16) * 16, -(-k // TILE_REFERENCES) * TILE_REFERENCES
+    like = references.spectra[0]
+    operand = like.new_zeros((2, rings.n_angles // 4, padded, 2, n_rings))
+    for band, values in zip(rings.bands, references.spectra, strict=True):
+        q = values.unflatten(3, (2, sides, k))[:, :, :, 0, 0]  # (2, 2, m, k, rings): Q, from the straight real parts
+        operand[:, band.low // 2 : band.high // 2, :k, :, : band.n_rings] = q.permute(1, 2, 3, 0, 4)
+    largest = operand.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    unit = torch.exp2(largest.log2().ceil())
+    return (operand / unit).half(), unit
