@@ -23,7 +23,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from torchem.commands import check_option_names, telling, to_options
+from torchem.commands import check_option_names, telling, to_options, wake
 from torchem.errors import InputError
 from torchem.mra.options import AlignOptions
 from torchem.runtime import run_folder
@@ -86,6 +86,7 @@ def _command(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         world = distributed.start(options.distributed.backend, options.device)
+        wake(world.device)
         with Progress(speaking=world.rank == 0) as progress:
             run(options, folder, world, progress)
 
