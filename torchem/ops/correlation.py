@@ -24,7 +24,7 @@ from torch import Tensor
 from torchem.ops.polar import Rings, polar_samples, quarter_waves, resampling, ring_spectra
 
 # images of one block of the matrix products on a CPU, and of a peak's refinement
-BLOCK = 128
+BLOCK = 96
 # the kernels: images and references of a tile; bytes of the spectra and scores of a chunk of images
 TILE_IMAGES, TILE_REFERENCES, CHUNK_BYTES = 64, 4, 2**29
 # how they are launched: samples of a step, warps and registers for the spectra; frequencies of a step, warps and stages
