@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from torchem.runtime import memory
+
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -18,11 +20,11 @@ def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[
     """`[work(part) for part in parts]`, several parts at a time on PyTorch's threads.
 
     For parts that stay in a core's caches: their operations are too short to be divided among threads, which takes
-    some 6 µs each time.
+    some 6 µs each time. On the stack they take turns: what other threads ask for would live as long as the run.
     """
     parts, threads = list(parts), torch.get_num_threads()
     workers = min(threads, MOST_WORKERS, len(parts))
-    if workers < 2:
+    if workers < 2 or memory.installed() is not None:
         return [work(part) for part in parts]
     return list(_pool(workers, threads // workers).map(work, parts))
 
