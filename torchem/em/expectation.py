@@ -29,7 +29,7 @@ from torchem.runtime import memory
 # shells whose data-vs-prior ratio exceeds this take part in the scale correction
 SCALE_MINIMUM_DATA_VS_PRIOR = 3.0
 # share of all (particle, orientation) pairs from which on the fine pass does all of them by matrix products
-DENSE_SUPPORT = {"cpu": 0.3, "cuda": 0.07}
+DENSE_SUPPORT = {"cpu": 0.6, "cuda": 0.07}
 
 # slices that say how strong all of them are
 SOME_SLICES = 64

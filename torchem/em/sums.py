@@ -107,16 +107,14 @@ def add_rows(
     block, child = torch.nonzero(kept.amax(2), as_tuple=True)
     # pairs of neighbouring orientations are added at about the same time, to the same part of the volume
     n = len(batch)
-    key, pair = torch.unique((orientation[block] * o + child) * n + rows[block], return_inverse=True)
-    order = torch.argsort(pair, stable=True)
-    block, child, pair = block[order], child[order], pair[order]
+    key, pair = _unique((orientation[block] * o + child) * n + rows[block])
     step = max(1, chunk_elements // (2 * len(phases)))
-    starts = range(0, len(key), step)
-    ends = torch.searchsorted(pair, torch.tensor([*starts, len(key)], device=pair.device)).tolist()
-    for start, (begin, end) in zip(starts, pairwise(ends), strict=True):
+    for start in range(0, len(key), step):
         mine = key[start : start + step]
+        here = torch.nonzero((pair >= start) & (pair < start + step))[:, 0]
+        of, at = block[here], pair[here] - start
         probability = torch.zeros((len(mine), n_shifts, j), dtype=kept.dtype, device=rows.device)
-        probability[pair[begin:end] - start, shift[block[begin:end]]] = kept[block[begin:end], child[begin:end]]
+        probability[at, shift[of]] = kept[of, child[here]]
         unique, inverse = torch.unique_consecutive(mine // n, return_inverse=True)
         some = add_pairs(
             references.slices(batch.geometry, unique, n_pixels, fine=True), inverse, mine % n,
@@ -136,6 +134,17 @@ def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
         return values, values.new_ones(())
     unit = values.abs().amax().clamp(min=1e-30) / 2.0**14
     return (values / unit).half(), unit
+
+
+def _unique(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Different ones of some numbers >= 0, ascending, and which of them each is."""
+    most = int(numbers.max()) + 1
+    if most > 8 * len(numbers):
+        return torch.unique(numbers, return_inverse=True)
+    # without sorting
+    present = torch.zeros(most, dtype=torch.bool, device=numbers.device)
+    present[numbers] = True
+    return torch.nonzero(present)[:, 0], (torch.cumsum(present, 0) - 1)[numbers]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

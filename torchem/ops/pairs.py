@@ -7,6 +7,7 @@ everything weighted as the caller says (Scheres 2012, eqs. 3-7).
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torchem.runtime.cpu import side_by_side
 
 # values of the pairs that a CPU works on at once, each on a core of its own: they stay in its caches
 BLOCK = 2**18
+# the same of the slices that weighted sums are gathered in
+ADDED_BLOCK = 2**19
 # of the fixed point numbers that deterministic sums are made of: room for 2^23 contributions as large as the largest
 FIXED_POINT = 2.0**39
 
@@ -52,20 +55,67 @@ def score_pairs(
         if power is None:
             return cross.sub_(0.5 * norm[:, None])
         return cross.div_((norm * power[which]).sqrt()[:, None])
+    if not weights.is_cuda:
+        return _score_on_cpu(slices, orientation, which, images, weights, phases, power, chunk_elements)
     scores = torch.empty((len(which), len(phases)), dtype=weights.dtype, device=weights.device)
-
-    def score_some(pairs: Tensor) -> None:
-        unique, inverse = torch.unique_consecutive(orientation[pairs], return_inverse=True)
-        mine = which[pairs]
-        scores[pairs] = score_cut_pairs(
+    # neighbours share a slice
+    order = torch.argsort(orientation, stable=True)
+    for chunk in order.split(max(1, chunk_elements // images.shape[1])):
+        unique, inverse = torch.unique_consecutive(orientation[chunk], return_inverse=True)
+        mine = which[chunk]
+        scores[chunk] = score_cut_pairs(
             images[mine], weights[mine], slices[unique].cut()[inverse][:, None], phases,
             None if power is None else power[mine],
         )[:, 0]  # fmt: skip
-
-    # neighbours share a slice
-    order = torch.argsort(orientation, stable=True)
-    side_by_side(score_some, order.split(_at_once(images, chunk_elements)))
     return scores
+
+
+def _score_on_cpu(
+    slices: Slices, orientation: Tensor, which: Tensor, images: Tensor, weights: Tensor, phases: Tensor,
+    power: Tensor | None, chunk_elements: int,
+) -> Tensor:  # fmt: skip
+    """Image by image: a matrix product of its slices with its shifts."""
+    m, n_pixels = len(which), images.shape[1]
+    scores = torch.empty((m, len(phases)), dtype=weights.dtype)
+    twice = weights.repeat_interleave(2, dim=1)  # real and imaginary part
+    # slices that are used again are cut once, others when they are needed, to stay in a core's caches
+    again = 1.3 * len(slices) < m and len(slices) * n_pixels <= 8 * chunk_elements
+    table = slices.cut() if again else None
+    order = torch.argsort(which, stable=True)
+
+    def score_some(part: tuple[int, int, int]) -> None:
+        image, start, stop = part
+        pairs = order[start:stop]
+        if table is None:
+            cut = slices[orientation[pairs]].cut()
+        else:
+            pairs = _rounded_up(pairs)
+            cut = table[orientation[pairs]]
+        own = torch.view_as_real(cut).flatten(1)
+        cross = own @ torch.view_as_real(images[image] * phases).flatten(1).T
+        norm = own.square_() @ twice[image]
+        if power is None:
+            scores[pairs] = cross.sub_(0.5 * norm[:, None])
+        else:
+            scores[pairs] = cross.div_((norm * power[image]).sqrt()[:, None])
+
+    side_by_side(score_some, _by_image(which[order], _at_once(images, chunk_elements)))
+    return scores
+
+
+def _rounded_up(pairs: Tensor) -> Tensor:
+    """A number of pairs that is often the same, the last one repeated: oneDNN compiles a product for every size."""
+    return torch.cat((pairs, pairs[-1:].expand(-len(pairs) % 32)))
+
+
+def _by_image(which: Tensor, most: int) -> list[tuple[int, int, int]]:
+    """Image, begin and end of runs of up to `most` pairs of one image in an ascending list of images."""
+    image, counts = (x.tolist() for x in torch.unique_consecutive(which, return_counts=True))
+    return [
+        (i, start, min(start + most, end))
+        for i, count, end in zip(image, counts, accumulate(counts), strict=True)
+        for start in range(end - count, end, most)
+    ]
 
 
 def _at_once(images: Tensor, chunk_elements: int) -> int:
@@ -113,6 +163,8 @@ def add_pairs(
         return _add_on_gpu(slices, orientation, which, probability, phases, operands, data, weight)
     n, n_pixels = operands.ctf2.shape
     ramps = torch.view_as_real(phases).flatten(1)
+    if not weight.is_cuda and len(which) > n * len(phases):
+        return _add_on_cpu(slices, orientation, which, probability, phases, operands, data, weight)
     residual = torch.zeros(n_pixels, dtype=torch.float64, device=which.device)
     figures = torch.zeros((n, 3), dtype=torch.float64, device=which.device)
     chosen = torch.stack((torch.ones_like(operands.strong), operands.strong), 1)
@@ -143,6 +195,51 @@ def add_pairs(
         residual += by_pixel.view(-1, n_pixels).sum(0)
         figures.index_add_(0, which[chunk], by_pair)
     return residual, figures
+
+
+def _add_on_cpu(
+    slices: Slices, orientation: Tensor, which: Tensor, probability: Tensor, phases: Tensor, operands: Operands,
+    data: Tensor, weight: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """For images with more orientations than shifts: matrix products of each image's weights.
+
+    With W (m, t) of one image, numerators are W·(S·C/σ²·X φ), and Σ w P is Wᵀ·P.
+    """
+    n, n_pixels = operands.ctf2.shape
+    # every thread has as much to do as any other
+    n_slices, most = len(slices), max(1, ADDED_BLOCK // n_pixels)
+    at_once = -(-n_slices // (-(-n_slices // (most * torch.get_num_threads())) * torch.get_num_threads()))
+    order = torch.argsort(orientation // at_once * n + which, stable=True)
+    ends = torch.bincount(orientation // at_once, minlength=-(-n_slices // at_once)).cumsum(0).tolist()
+    chosen = torch.stack((torch.ones_like(operands.strong), operands.strong), 1).double()
+
+    def add_some(part: int) -> tuple[Tensor, ...]:
+        mine = order[ends[part - 1] if part else 0 : ends[part]]
+        here = slices[part * at_once : (part + 1) * at_once]
+        cut = torch.view_as_real(here.cut()).flatten(1)
+        added, totals = torch.zeros_like(cut), cut.new_zeros((len(here), n))
+        a, b = (torch.zeros((n, n_pixels), dtype=torch.float64) for _ in range(2))
+        for image, start, stop in _by_image(which[mine], len(mine)):
+            pairs = _rounded_up(mine[start:stop])
+            place, w = orientation[pairs] - part * at_once, probability[pairs]
+            w[stop - start :] = 0
+            numerator, aligned = (
+                torch.view_as_real(x[image] * phases).flatten(1) for x in (operands.numerator, operands.aligned)
+            )
+            added.index_add_(0, place, w @ numerator)
+            own, total = cut[place], w.sum(1)
+            totals[place[: stop - start], image] = total[: stop - start]
+            a[image] = (w.T @ own).mul_(aligned).sum(0).view(-1, 2).sum(1)
+            b[image] = (total @ own.square_()).view(-1, 2).sum(1)
+        b *= operands.ctf2
+        scale = operands.scale[:, None]
+        difference = scale * (scale * b - 2 * a)
+        figures = torch.cat((difference.sum(1, keepdim=True), a @ chosen[:, 1:], b @ chosen[:, 1:]), 1)
+        return added, totals @ operands.denominator, difference.sum(0), figures
+
+    added, added_weight, residual, figures = zip(*side_by_side(add_some, range(len(ends))), strict=True)
+    slices.insert(data, weight, torch.view_as_complex(torch.cat(added).unflatten(1, (-1, 2))), torch.cat(added_weight))
+    return torch.stack(residual).sum(0), torch.stack(figures).sum(0)
 
 
 def _on_gpu(slices: Slices) -> bool:

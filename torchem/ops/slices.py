@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchem.runtime.cpu import side_by_side
+from torchem.runtime.cpu import MOST_WORKERS, side_by_side
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,31 @@ def backproject(
     matrices, kx, ky, padding, r_max
         as in :func:`project`.
     """
-    flat, flat_weight = volume.view(-1), weight.view(-1)
-    for part in _blocks(volume, matrices, kx):
-        cells = _cells(matrices[part], kx, ky, padding, r_max, volume.shape)
-        values = torch.view_as_real(slices[part].contiguous()) * torch.view_as_real(cells.factor)
-        _spread(
-            flat, flat_weight, cells.index.flatten(), values.flatten(0, 1),
-            (slice_weights[part] * cells.factor.real).flatten(), [share.flatten(0, 1) for share in cells.shares],
-            cells.steps,
-        )  # fmt: skip
+    blocks = _blocks(volume, matrices, kx)
+
+    def add(parts: list[slice], volume: Tensor, weight: Tensor) -> None:
+        for part in parts:
+            cells = _cells(matrices[part], kx, ky, padding, r_max, volume.shape)
+            values = torch.view_as_real(slices[part].contiguous()) * torch.view_as_real(cells.factor)
+            _spread(
+                volume.view(-1), weight.view(-1), cells.index.flatten(), values.flatten(0, 1),
+                (slice_weights[part] * cells.factor.real).flatten(), [share.flatten(0, 1) for share in cells.shares],
+                cells.steps,
+            )  # fmt: skip
+
+    def add_apart(parts: list[slice]) -> tuple[Tensor, Tensor]:
+        apart = torch.zeros_like(volume), torch.zeros_like(weight)
+        add(parts, *apart)
+        return apart
+
+    # where there is much to add, every thread has a volume of its own
+    threads = 1 if volume.is_cuda else min(torch.get_num_threads(), MOST_WORKERS, slices.numel() // volume.numel())
+    if threads < 2:
+        add(blocks, volume, weight)
+        return
+    for values, weights in side_by_side(add_apart, [blocks[i::threads] for i in range(threads)]):
+        volume += values
+        weight += weights
 
 
 # complex values in a temporary on a CPU: all of them together stay in its caches
