@@ -1,5 +1,7 @@
 """Slices of a Fourier volume and their adjoint: facts of geometry, in 3D and 2D."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tests.em import plain_em as em
 from torchem.imaging.fourier import FourierPixels
 from torchem.imaging.projection import fourier_volume, volume_shape
 from torchem.imaging.symmetry import rotation_matrix
+from torchem.ops import slices as slices_module
 from torchem.ops.slices import backproject, project
 
 NDIM = pytest.mark.parametrize("ndim", [2, 3])
@@ -117,3 +120,20 @@ def test_insertion_adds_to_what_is_there(ndim: int) -> None:
         backproject(*apart, slices[one], weights[one], matrices[one], kx, ky, PADDING, R_MAX)
     for a, b in zip(together, apart, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_insertion_does_not_depend_on_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kx, ky = pixels()
+    shape = volume_shape(R_MAX, PADDING, 3)
+    n = 1 + threads * math.prod(shape) // len(kx)  # enough for a volume of its own for every thread
+    slices = torch.randn((n, len(kx)), generator=torch.Generator().manual_seed(2), dtype=torch.complex128)
+    found = []
+    for number in (1, threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        monkeypatch.setattr(slices_module, "BLOCK", 2**12)
+        data, weight = torch.ones(shape, dtype=torch.complex128), torch.ones(shape, dtype=torch.float64)
+        backproject(data, weight, slices, slices.abs(), orientations(3, n), kx, ky, PADDING, R_MAX)
+        found.append((data, weight))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12 * float(one.abs().max()))

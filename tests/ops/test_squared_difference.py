@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchem.ops.squared_difference import score, score_pairs
+from torchem.benchmarks import squared_difference as bench
+from torchem.ops.squared_difference import CPU_LADDER, choose_precision, score, score_pairs
+from torchem.runtime.cpu import allow_fast_products
 
 
 def problem(n: int, r: int, t: int, p: int) -> dict[str, Tensor]:
@@ -70,3 +72,22 @@ def test_pairs_score_as_all_do(with_power: bool) -> None:
     chosen = torch.tensor([[0, 3], [5, 5], [1, 0], [2, 4]])
     found = score_pairs(images, weights, projections[chosen], phases, power)
     assert torch.allclose(found, torch.stack([every[i, chosen[i]] for i in range(4)]), atol=1e-12)
+
+
+@pytest.mark.parametrize("power", [10.0, 300.0, 8e3, 1e6])
+def test_precision_chosen_on_a_cpu(power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log weights within 20 of the best: what the ladder promises, with the products that a refinement uses."""
+    monkeypatch.setattr(bench, "DEVICE", torch.device("cpu"))
+    allow_fast_products()
+    x = bench.single(bench.problem(32, 2, 1024, 1400, power, spread=20.0, double=True))
+    double = {name: value.to(torch.promote_types(value.dtype, torch.float64)) for name, value in x.items()}
+    largest = float((x["ctf2"] @ x["projections"].abs().square().T).max())
+    precision = choose_precision(largest, CPU_LADDER)
+    assert precision == ("fp64" if power > 1e4 else "fp32")
+    expected = bench.scores(double, bench.prepared(double, "fp32")).values.flatten(1)
+    found = bench.scores(x, bench.prepared(x, precision)).values.flatten(1).double()
+    best = expected.argmax(1, keepdim=True)
+    near = expected > expected.gather(1, best) - 20
+    error = (found - found.gather(1, best) - (expected - expected.gather(1, best)))[near].abs()
+    assert float(error.square().mean().sqrt()) <= 0.02
+    assert float(error.quantile(0.999)) <= 0.07

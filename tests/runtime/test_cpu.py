@@ -1,11 +1,11 @@
-"""Matrix products on a CPU."""
+"""Matrix products and threads on a CPU."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from torchem.runtime.cpu import allow_fast_products
+from torchem.runtime.cpu import allow_fast_products, side_by_side
 
 pytestmark = pytest.mark.skipif(
     not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
@@ -35,3 +35,15 @@ def test_a_cpu_that_would_round_keeps_its_products(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "equal", lambda *_: False)
     allow_fast_products()
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("threads", [1, 2, 20])
+def test_parts_come_back_in_their_order(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert side_by_side(lambda part: part * part, range(50)) == [i * i for i in range(50)]
+    assert side_by_side(str, []) == []
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(lambda part: 1 // part, [1, 0])
+    monkeypatch.undo()
+    assert torch.get_num_threads() == before

@@ -23,7 +23,14 @@ from torchem.imaging.fourier import squared_magnitude
 from torchem.ops.pairs import score_pairs
 from torchem.ops.significant import Posterior, first_best, posterior, row_logsumexp, significant_of_rows
 from torchem.ops.slices import Slices
-from torchem.ops.squared_difference import Projections, choose_precision, log_weights, prepare_projections
+from torchem.ops.squared_difference import (
+    CPU_LADDER,
+    LADDER,
+    Projections,
+    choose_precision,
+    log_weights,
+    prepare_projections,
+)
 from torchem.runtime import memory
 
 # shells whose data-vs-prior ratio exceeds this take part in the scale correction
@@ -106,10 +113,11 @@ def _row_starts(rows: Tensor, n_rows: int) -> Tensor:
 
 
 def _precision(slices: Tensor, weights: Tensor) -> str:
-    """How precise a GPU's scores must be, from Σ C²|P|²/σ² of an average slice for the image in which it is largest."""
-    if not slices.is_cuda or slices.dtype != torch.complex64:
+    """How precise scores must be, from Σ C²|P|²/σ² of an average slice for the image in which it is largest."""
+    if slices.dtype != torch.complex64:
         return "fp32"
-    return choose_precision(float((weights @ squared_magnitude(slices).mean(0)).amax()))
+    largest = float((weights @ squared_magnitude(slices).mean(0)).amax())
+    return choose_precision(largest, LADDER if slices.is_cuda else CPU_LADDER)
 
 
 class Expectation:

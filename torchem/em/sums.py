@@ -138,10 +138,9 @@ def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unique(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Different ones of some numbers >= 0, ascending, and which of them each is."""
-    most = int(numbers.max()) + 1
-    if most > 8 * len(numbers):
+    if numbers.is_cuda or (most := int(numbers.max()) + 1) > 8 * len(numbers):
         return torch.unique(numbers, return_inverse=True)
-    # without sorting
+    # without sorting, which takes a CPU longer than everything else
     present = torch.zeros(most, dtype=torch.bool, device=numbers.device)
     present[numbers] = True
     return torch.nonzero(present)[:, 0], (torch.cumsum(present, 0) - 1)[numbers]

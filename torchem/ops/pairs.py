@@ -57,6 +57,14 @@ def score_pairs(
         return cross.div_((norm * power[which]).sqrt()[:, None])
     if not weights.is_cuda:
         return _score_on_cpu(slices, orientation, which, images, weights, phases, power, chunk_elements)
+    return _score_by_slice(slices, orientation, which, images, weights, phases, power, chunk_elements)
+
+
+def _score_by_slice(
+    slices: Slices, orientation: Tensor, which: Tensor, images: Tensor, weights: Tensor, phases: Tensor,
+    power: Tensor | None, chunk_elements: int,
+) -> Tensor:  # fmt: skip
+    """Many pairs at once, for a GPU where there is no kernel: in double precision, and for 2D references."""
     scores = torch.empty((len(which), len(phases)), dtype=weights.dtype, device=weights.device)
     # neighbours share a slice
     order = torch.argsort(orientation, stable=True)
@@ -228,7 +236,7 @@ def _add_on_cpu(
             )
             added.index_add_(0, place, w @ numerator)
             own, total = cut[place], w.sum(1)
-            totals[place[: stop - start], image] = total[: stop - start]
+            totals[:, image].index_add_(0, place, total)
             a[image] = (w.T @ own).mul_(aligned).sum(0).view(-1, 2).sum(1)
             b[image] = (total @ own.square_()).view(-1, 2).sum(1)
         b *= operands.ctf2

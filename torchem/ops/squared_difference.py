@@ -49,6 +49,7 @@ PRECISIONS = {
 # noise × rounding, as the square root; an image rounded anew at every shift costs signal × rounding, in proportion, so
 # images are split first. Sums in float32 lose 0.03 and more from 10⁵ on.
 LADDER = {"fp16": 500.0, "split": 2500.0, "three": 3e4, "fp64": float("inf")}
+CPU_LADDER = {"fp32": 1e4, "fp64": float("inf")}
 
 
 @dataclass(frozen=True)
@@ -187,18 +188,18 @@ def score_pairs(
     return cross.div_((norm * power[:, None]).sqrt()[..., None])
 
 
-def choose_precision(largest_power: float) -> str:
+def choose_precision(largest_power: float, ladder: dict[str, float] = LADDER) -> str:
     """The cheapest precision that is good enough for all projections up to Σ|C·P/σ|² = ``largest_power``."""
     if not largest_power >= 0:
         raise ValueError(f"the largest power is {largest_power}")
-    precision = next(name for name, limit in LADDER.items() if largest_power <= limit)
-    _log_choice(precision)
+    precision, limit = next(rung for rung in ladder.items() if largest_power <= rung[1])
+    _log_choice(precision, limit)
     return precision
 
 
 @functools.cache
-def _log_choice(precision: str) -> None:
-    log.info("scores are computed in %s (largest Σ|C·P/σ|² up to %g)", precision, LADDER[precision])
+def _log_choice(precision: str, limit: float) -> None:
+    log.info("scores are computed in %s (largest Σ|C·P/σ|² up to %g)", precision, limit)
 
 
 def prepare_projections(
