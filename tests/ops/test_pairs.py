@@ -35,9 +35,9 @@ def test_sums(sizes: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatc
     def sums(broad: bool) -> tuple[Tensor, ...]:
         data = torch.ones_like(x.slices.volumes)
         weight = torch.ones_like(data.real)
-        given = x.slices, x.orientation, x.which, x.probability, x.phases, x.operands, data, weight
+        given = x.slices, x.orientation, x.which, x.probability, x.phases, x.operands, data, weight, 2**12
         assert len(x.which) <= len(x.images) * len(x.phases)  # else add_pairs takes the same way
-        return data, weight, *(pairs._add_on_cpu(*given) if broad else pairs.add_pairs(*given, 2**12))
+        return data, weight, *(pairs._add_on_cpu if broad else pairs.add_pairs)(*given)
 
     for one, other in zip(sums(True), sums(False), strict=True):
         assert torch.allclose(one, other, rtol=1e-11, atol=1e-11 * float(other.abs().max()))

@@ -172,7 +172,7 @@ def add_pairs(
     n, n_pixels = operands.ctf2.shape
     ramps = torch.view_as_real(phases).flatten(1)
     if not weight.is_cuda and len(which) > n * len(phases):
-        return _add_on_cpu(slices, orientation, which, probability, phases, operands, data, weight)
+        return _add_on_cpu(slices, orientation, which, probability, phases, operands, data, weight, chunk_elements)
     residual = torch.zeros(n_pixels, dtype=torch.float64, device=which.device)
     figures = torch.zeros((n, 3), dtype=torch.float64, device=which.device)
     chosen = torch.stack((torch.ones_like(operands.strong), operands.strong), 1)
@@ -207,7 +207,7 @@ def add_pairs(
 
 def _add_on_cpu(
     slices: Slices, orientation: Tensor, which: Tensor, probability: Tensor, phases: Tensor, operands: Operands,
-    data: Tensor, weight: Tensor,
+    data: Tensor, weight: Tensor, chunk_elements: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """For images with more orientations than shifts: matrix products of each image's weights.
 
@@ -245,9 +245,15 @@ def _add_on_cpu(
         figures = torch.cat((difference.sum(1, keepdim=True), a @ chosen[:, 1:], b @ chosen[:, 1:]), 1)
         return added, totals @ operands.denominator, difference.sum(0), figures
 
-    added, added_weight, residual, figures = zip(*side_by_side(add_some, range(len(ends))), strict=True)
-    slices.insert(data, weight, torch.view_as_complex(torch.cat(added).unflatten(1, (-1, 2))), torch.cat(added_weight))
-    return torch.stack(residual).sum(0), torch.stack(figures).sum(0)
+    residual = torch.zeros(n_pixels, dtype=torch.float64)
+    figures = torch.zeros((n, 3), dtype=torch.float64)
+    for parts in torch.arange(len(ends)).split(max(1, chunk_elements // (at_once * n_pixels))):
+        added, weights, by_pixel, by_image = zip(*side_by_side(add_some, parts.tolist()), strict=True)
+        here = slices[int(parts[0]) * at_once : (int(parts[-1]) + 1) * at_once]
+        here.insert(data, weight, torch.view_as_complex(torch.cat(added).unflatten(1, (-1, 2))), torch.cat(weights))
+        residual += torch.stack(by_pixel).sum(0)
+        figures += torch.stack(by_image).sum(0)
+    return residual, figures
 
 
 def _on_gpu(slices: Slices) -> bool:
