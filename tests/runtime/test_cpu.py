@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from torchem.runtime import cpu
 from torchem.runtime.cpu import allow_fast_products, side_by_side
 
 pytestmark = pytest.mark.skipif(
@@ -30,9 +31,12 @@ def test_products_stay_exact(shape: tuple[int, int, int]) -> None:
     assert float((a @ b.T - expected).abs().max()) < 1e-5 * k**0.5
 
 
-def test_a_cpu_that_would_round_keeps_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large", [64, 1000])
+def test_a_cpu_that_would_round_keeps_its_products(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    equal = torch.equal
+    monkeypatch.setattr(cpu, "_made_by_amd", lambda: True)
     before = torch.backends.mkldnn.matmul.fp32_precision
-    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    monkeypatch.setattr(torch, "equal", lambda a, b: len(a) < large and equal(a, b))
     allow_fast_products()
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 

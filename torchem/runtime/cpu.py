@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,8 @@ Result = TypeVar("Result")
 
 # Python starts operations one at a time: more threads than this would wait for one another
 MOST_WORKERS = 8
+# (m, k, n): oneDNN may round in large products only
+PRODUCTS_LOOKED_AT = ((64, 64, 64), (256, 1000, 16), (1000, 84, 600))
 
 
 def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
@@ -36,16 +39,28 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
 
 
 def allow_fast_products() -> None:
-    """Let oneDNN do float32 matrix products, in this process, where it does them as exactly as MKL.
+    """Let oneDNN do float32 matrix products, in this process, where it does them as exactly as MKL, and faster.
 
     MKL, PyTorch's default, keeps off AVX-512 on AMD's processors and takes twice the time there. oneDNN is asked only
     if it may round to bfloat16. Without AMX it then still computes in float32; a CPU on which it does round keeps MKL.
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if not torch.backends.mkldnn.is_available() or not hasattr(matmul, "fp32_precision"):
+    if not torch.backends.mkldnn.is_available() or not hasattr(matmul, "fp32_precision") or not _made_by_amd():
         return  # PyTorch before 2.9 offers no choice
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    # 1 + 2^-12 is lost in bfloat16
-    value = torch.full((64, 64), 1 + 2.0**-12)
-    if not torch.equal(value @ torch.eye(64), value):
+    if not all(map(_exact, PRODUCTS_LOOKED_AT)):
         matmul.fp32_precision = before
+
+
+def _made_by_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _exact(shape: tuple[int, int, int]) -> bool:
+    """Whether a product (m, k) × (k, n) keeps 1 + 2^-12, which is lost in bfloat16."""
+    m, k, n = shape
+    values = torch.full((m, k), 1 + 2.0**-12)
+    return torch.equal(values @ torch.eye(k, n), values.new_full((m, n), 1 + 2.0**-12) * (torch.arange(n) < k))
