@@ -1,9 +1,10 @@
 """Pairs of an image and an orientation: cut the slice out of a Fourier volume, score it, or add the image to a volume.
 
-One program works on BLOCK_M pairs, pixel tile by pixel tile; a slice lives in registers only. Complex arrays come as
-int64 (real part in the low, imaginary in the high half), so that a value is one load. Volumes are centred halves
-x >= 0 of `(D, D, D//2 + 1)`, several of them one after the other. In half precision a volume holds each value beside
-its neighbour in x, so that an interpolation takes four loads, not eight.
+One program works on BLOCK_M pairs, pixel tile by pixel tile; a slice lives in registers only. Tiles are pixels × pairs:
+the pairs that a warp then works on side by side have much the same orientation, and read much the same memory. Complex
+arrays come as int64 (real part in the low, imaginary in the high half), so that a value is one load. Volumes are
+centred halves x >= 0 of `(D, D, D//2 + 1)`, several of them one after the other. In half precision a volume holds each
+value beside its neighbour in x, so that an interpolation takes four loads, not eight.
 """
 
 import triton
@@ -21,10 +22,10 @@ def _complex(packed):
 @triton.jit
 def _cell(kx, ky, matrices, orientation, half):
     """First corner of the cell in which each slice pixel lies, its place in it, and -1 where turned to x >= 0."""
-    at = matrices + orientation[:, None] * 6
-    x = tl.load(at) * kx[None, :] + tl.load(at + 1) * ky[None, :]
-    y = tl.load(at + 2) * kx[None, :] + tl.load(at + 3) * ky[None, :]
-    z = tl.load(at + 4) * kx[None, :] + tl.load(at + 5) * ky[None, :]
+    at = matrices + orientation[None, :] * 6
+    x = tl.load(at) * kx[:, None] + tl.load(at + 1) * ky[:, None]
+    y = tl.load(at + 2) * kx[:, None] + tl.load(at + 3) * ky[:, None]
+    z = tl.load(at + 4) * kx[:, None] + tl.load(at + 5) * ky[:, None]
     sign = tl.where(x < 0, -1.0, 1.0)
     x, y, z = x * sign, y * sign, z * sign
     floor_x, floor_y, floor_z = tl.floor(x), tl.floor(y), tl.floor(z)
@@ -73,41 +74,41 @@ def _slice(volume, corner, tx, ty, tz, sign, half, inside, PAIRED: tl.constexpr)
 def score_pairs_kernel(
     volumes, unit, first, matrices, orientation, which, kx, ky, images, weights, phases, cross, norm,
     n_pairs, n_pixels, n_shifts, half, r_max2,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, PAIRED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """cross[i, t] = Re sum X phi_t P*, norm[i] = sum W |P|^2, of image which[i] at matrices[orientation[i]]."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     present = pair < n_pairs
     turn = tl.load(orientation + pair, mask=present, other=0)
     image = tl.load(which + pair, mask=present, other=0)
-    volume = volumes + tl.load(first + turn)[:, None]
+    volume = volumes + tl.load(first + turn)[None, :]
     shift = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    total = tl.zeros((BLOCK_M, BLOCK_T), tl.float32)
-    square = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
+    square = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     for start in range(0, n_pixels, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         valid = pixel < n_pixels
         x = tl.load(kx + pixel, mask=valid, other=0.0)
         y = tl.load(ky + pixel, mask=valid, other=0.0)
-        inside = (present[:, None] & valid[None, :]) & (x * x + y * y <= r_max2)[None, :]
+        inside = (valid & (x * x + y * y <= r_max2))[:, None] & present[None, :]
         corner, tx, ty, tz, sign = _cell(x, y, matrices, turn, half)
         real, imaginary = _slice(volume, corner, tx, ty, tz, sign, half, inside, PAIRED)
-        at = image[:, None] * n_pixels + pixel[None, :]
+        at = pixel[:, None] + image[None, :] * n_pixels
         image_real, image_imaginary = _complex(tl.load(images + at, mask=inside, other=0))
         square += tl.load(weights + at, mask=inside, other=0.0) * (real * real + imaginary * imaginary)
-        ramp = phases + shift[None, :] * n_pixels + pixel[:, None]
-        known = valid[:, None] & (shift < n_shifts)[None, :]
-        ramp_real, ramp_imaginary = _complex(tl.load(ramp, mask=known, other=0))
+        known = (shift < n_shifts)[:, None] & valid[None, :]
+        ramp = tl.load(phases + shift[:, None] * n_pixels + pixel[None, :], mask=known, other=0)
+        ramp_real, ramp_imaginary = _complex(ramp)
         product = real * image_real + imaginary * image_imaginary
-        total = tl.dot(product, ramp_real, total, input_precision="ieee")
+        total = tl.dot(ramp_real, product, total, input_precision=DOT)
         product = imaginary * image_real - real * image_imaginary
-        total = tl.dot(product, ramp_imaginary, total, input_precision="ieee")
+        total = tl.dot(ramp_imaginary, product, total, input_precision=DOT)
     # volumes hold multiples of this unit
     one = tl.load(unit)
-    known = present[:, None] & (shift < n_shifts)[None, :]
-    tl.store(cross + pair[:, None] * n_shifts + shift[None, :], total * one, mask=known)
+    known = (shift < n_shifts)[:, None] & present[None, :]
+    tl.store(cross + pair[None, :] * n_shifts + shift[:, None], total * one, mask=known)
     if tl.program_id(1) == 0:
-        tl.store(norm + pair, tl.sum(square, 1) * one * one, mask=present)
+        tl.store(norm + pair, tl.sum(square, 0) * one * one, mask=present)
 
 
 @triton.jit
@@ -138,62 +139,62 @@ def add_pairs_kernel(
     present = pair < n_pairs
     turn = tl.load(orientation + pair, mask=present, other=0)
     image = tl.load(which + pair, mask=present, other=0)
-    base = tl.load(first + turn)[:, None]
+    base = tl.load(first + turn)[None, :]
     volume_unit = tl.load(fixed_points)
     residual_unit = tl.load(fixed_points + 1)
-    own_scale = tl.load(scale + image, mask=present, other=0.0)[:, None]
+    own_scale = tl.load(scale + image, mask=present, other=0.0)[None, :]
     weight = tl.zeros((BLOCK_M,), tl.float32)
     for begin in range(0, n_shifts, BLOCK_T):
         shift = begin + tl.arange(0, BLOCK_T)
-        known = present[:, None] & (shift < n_shifts)[None, :]
-        weight += tl.sum(tl.load(probability + pair[:, None] * n_shifts + shift[None, :], mask=known, other=0.0), 1)
-    norm = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-    strong_a = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-    strong_b = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        known = (shift < n_shifts)[:, None] & present[None, :]
+        weight += tl.sum(tl.load(probability + pair[None, :] * n_shifts + shift[:, None], mask=known, other=0.0), 0)
+    norm = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    strong_a = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    strong_b = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     for start in range(0, n_pixels, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         valid = pixel < n_pixels
         # the mean phase ramp of each pair
-        ramp_real = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-        ramp_imaginary = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+        ramp_real = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+        ramp_imaginary = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
         for begin in range(0, n_shifts, BLOCK_T):
             shift = begin + tl.arange(0, BLOCK_T)
-            known = present[:, None] & (shift < n_shifts)[None, :]
-            w = tl.load(probability + pair[:, None] * n_shifts + shift[None, :], mask=known, other=0.0)
-            known = (shift < n_shifts)[:, None] & valid[None, :]
-            ramp = tl.load(phases + shift[:, None] * n_pixels + pixel[None, :], mask=known, other=0)
+            known = (shift < n_shifts)[:, None] & present[None, :]
+            w = tl.load(probability + pair[None, :] * n_shifts + shift[:, None], mask=known, other=0.0)
+            known = valid[:, None] & (shift < n_shifts)[None, :]
+            ramp = tl.load(phases + shift[None, :] * n_pixels + pixel[:, None], mask=known, other=0)
             phase_real, phase_imaginary = _complex(ramp)
-            ramp_real = tl.dot(w, phase_real, ramp_real, input_precision="ieee")
-            ramp_imaginary = tl.dot(w, phase_imaginary, ramp_imaginary, input_precision="ieee")
+            ramp_real = tl.dot(phase_real, w, ramp_real, input_precision="ieee")
+            ramp_imaginary = tl.dot(phase_imaginary, w, ramp_imaginary, input_precision="ieee")
         x = tl.load(kx + pixel, mask=valid, other=0.0)
         y = tl.load(ky + pixel, mask=valid, other=0.0)
-        inside = (present[:, None] & valid[None, :]) & (x * x + y * y <= r_max2)[None, :]
+        inside = (valid & (x * x + y * y <= r_max2))[:, None] & present[None, :]
         corner, tx, ty, tz, sign = _cell(x, y, matrices, turn, half)
         real, imaginary = _slice(volumes + base, corner, tx, ty, tz, sign, half, inside, False)
 
-        at = image[:, None] * n_pixels + pixel[None, :]
+        at = pixel[:, None] + image[None, :] * n_pixels
         x_real, x_imaginary = _complex(tl.load(aligned + at, mask=inside, other=0))
         shifted_real = x_real * ramp_real - x_imaginary * ramp_imaginary
         shifted_imaginary = x_real * ramp_imaginary + x_imaginary * ramp_real
         a = shifted_real * real + shifted_imaginary * imaginary
-        b = tl.load(ctf2 + at, mask=inside, other=0.0) * (real * real + imaginary * imaginary) * weight[:, None]
+        b = tl.load(ctf2 + at, mask=inside, other=0.0) * (real * real + imaginary * imaginary) * weight[None, :]
         difference = own_scale * (own_scale * b - 2 * a)
         norm += difference
-        chosen = tl.load(strong + pixel, mask=valid, other=0.0)[None, :]
+        chosen = tl.load(strong + pixel, mask=valid, other=0.0)[:, None]
         strong_a += a * chosen
         strong_b += b * chosen
         if FIXED:
             whole = (difference * residual_unit).to(tl.int64)
-            tl.atomic_add(residual + pixel, tl.sum(whole, 0), mask=valid, sem="relaxed")
+            tl.atomic_add(residual + pixel, tl.sum(whole, 1), mask=valid, sem="relaxed")
         else:
-            tl.atomic_add(residual + pixel, tl.sum(difference, 0).to(tl.float64), mask=valid, sem="relaxed")
+            tl.atomic_add(residual + pixel, tl.sum(difference, 1).to(tl.float64), mask=valid, sem="relaxed")
 
         x_real, x_imaginary = _complex(tl.load(numerator + at, mask=inside, other=0))
         shifted_real = x_real * ramp_real - x_imaginary * ramp_imaginary
         shifted_imaginary = (x_real * ramp_imaginary + x_imaginary * ramp_real) * sign
-        d = tl.load(denominator + at, mask=inside, other=0.0) * weight[:, None]
+        d = tl.load(denominator + at, mask=inside, other=0.0) * weight[None, :]
         values = tl.join(tl.join(shifted_real, d), tl.join(shifted_imaginary, tl.zeros_like(d)))
-        values = tl.reshape(values, (BLOCK_M, BLOCK_P, 4))
+        values = tl.reshape(values, (BLOCK_P, BLOCK_M, 4))
         corner += base
         width = half + 1
         plane = width * (2 * half + 1)
@@ -204,6 +205,6 @@ def add_pairs_kernel(
                 here = corner + upper_z * plane + upper_y * width
                 _scatter(sums, here, share_y * (1 - tx), values, volume_unit, inside, FIXED)
                 _scatter(sums, here + 1, share_y * tx, values, volume_unit, inside, FIXED)
-    tl.store(figures + pair * 3, tl.sum(norm, 1), mask=present)
-    tl.store(figures + pair * 3 + 1, tl.sum(strong_a, 1), mask=present)
-    tl.store(figures + pair * 3 + 2, tl.sum(strong_b, 1), mask=present)
+    tl.store(figures + pair * 3, tl.sum(norm, 0), mask=present)
+    tl.store(figures + pair * 3 + 1, tl.sum(strong_a, 0), mask=present)
+    tl.store(figures + pair * 3 + 2, tl.sum(strong_b, 0), mask=present)

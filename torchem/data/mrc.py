@@ -16,6 +16,7 @@ from torchem.errors import InputError
 _TYPES = {0: np.int8, 1: np.int16, 2: np.float32, 6: np.uint16, 12: np.float16}
 _OPEN_STACKS = 128  # each memory map holds a file descriptor; systems often allow 1,024
 READERS = 8  # threads that copy images out of memory maps
+COPIED = 2**23  # bytes that each copies at once
 
 
 class Header(NamedTuple):
@@ -227,13 +228,16 @@ class ImageStacks:
             raise self._past_the_end(indices[row], self.path(files[row]), counts[row])
 
         def copy(rows: np.ndarray) -> None:
-            for row, file, position in zip(rows.tolist(), files[rows].tolist(), positions[rows].tolist(), strict=True):
-                images[row] = stacks[file][position]
+            for run in np.split(rows, np.flatnonzero(np.diff(files[rows])) + 1):
+                # few steps: between them a thread waits for the interpreter
+                for some in np.split(run, range(at_once, len(run), at_once)):
+                    images[some] = stacks[int(files[some[0]])][positions[some]]
 
+        at_once = max(1, COPIED * len(images) // max(1, images.nbytes))
         # disks like to read forwards, and one thread cannot keep up with a fast one, or with memory
         parts = np.array_split(np.lexsort((positions, files)), READERS)
         with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(copy, parts))
+            list(pool.map(copy, [part for part in parts if len(part)]))
         return images
 
     def _past_the_end(self, row: int, path: Path, count: int) -> InputError:

@@ -407,18 +407,19 @@ class Particles:
         sample = np.unique(np.linspace(0, len(self) - 1, min(_NORM_CHECKED, len(self))).round().astype(np.int64))
         bad: list[tuple[int, float, float]] = []
         usable = 0
-        for row in sample.tolist():
-            optics = self.optics[self.optics_group[row]]
-            image = self.images([row])[0].astype(np.float64)
-            if not np.isfinite(image).all() or np.ptp(image) == 0:
-                continue  # named and skipped when the run meets it
-            usable += 1
+        for group, optics in enumerate(self.optics):
+            rows = sample[self.optics_group[sample] == group]
             axis = np.arange(optics.box) - optics.box // 2
             radius = np.floor(diameter / (2 * optics.pixel_size) + 0.5)
-            outside = image[axis[:, None] ** 2 + axis**2 > radius**2]
-            mean, deviation = float(outside.mean()), float(outside.std())
-            if abs(mean) > 0.5 * deviation or not 0.5 <= deviation <= 2.0:
-                bad.append((row, mean, deviation))
+            outside = axis[:, None] ** 2 + axis**2 > radius**2
+            for row, image in zip(rows.tolist(), self.images(rows) if len(rows) else (), strict=True):
+                image = image.astype(np.float64)
+                if not np.isfinite(image).all() or np.ptp(image) == 0:
+                    continue  # named and skipped when the run meets it
+                usable += 1
+                mean, deviation = float(image[outside].mean()), float(image[outside].std())
+                if abs(mean) > 0.5 * deviation or not 0.5 <= deviation <= 2.0:
+                    bad.append((row, mean, deviation))
         if usable == 0:
             raise InputError(
                 f"{self.source}: all of {len(sample)} images looked at are constant or not finite; check the stack"

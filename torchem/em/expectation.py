@@ -120,6 +120,12 @@ def _precision(slices: Tensor, weights: Tensor) -> str:
     return choose_precision(largest, LADDER if slices.is_cuda else CPU_LADDER)
 
 
+def _bears_half_precision(slices: Slices, weights: Tensor) -> bool:
+    """Whether slices of volumes rounded to half precision score these images `(n, p)` of weights well enough."""
+    some = torch.linspace(0, len(slices) - 1, min(len(slices), SOME_SLICES), device=weights.device).long()
+    return _precision(slices[some].cut(), weights) in ("fp16", "split")
+
+
 class Expectation:
     """The E-step of one half: made once an iteration, called on batch after batch, adding to ``sums``.
 
@@ -344,11 +350,9 @@ class Expectation:
         slices = self.references.slices(
             batch.geometry, unique, images.shape[1], fine=False, r_max=self.settings.coarse_size // 2
         )
-        some = torch.linspace(0, len(slices) - 1, min(len(slices), SOME_SLICES), device=images.device).long()
-        precision = _precision(slices[some].cut(), weights)
         scores = score_pairs(
             slices, inverse, particle, images, weights, phases, power, self.settings.chunk_elements,
-            half=precision in ("fp16", "split"),
+            half=_bears_half_precision(slices, weights),
         )  # fmt: skip
         log_prior = orientation_prior[:, None] + offset_prior[particle, orientation // per_class]
         if not self.settings.cross_correlation:
@@ -447,10 +451,10 @@ class Expectation:
             mine = key[start : start + step, None]
             fine = (mine % n_orientations * o + children).flatten()
             unique, inverse = torch.unique(fine, return_inverse=True)
+            slices = self.references.slices(batch.geometry, unique, n_pixels, fine=True)
             scores = score_pairs(
-                self.references.slices(batch.geometry, unique, n_pixels, fine=True), inverse,
-                (mine // n_orientations).expand(-1, o).flatten(), images, weights, phases, power,
-                self.settings.chunk_elements,
+                slices, inverse, (mine // n_orientations).expand(-1, o).flatten(), images, weights, phases, power,
+                self.settings.chunk_elements, half=_bears_half_precision(slices, weights),
             ).reshape(-1, o, n_shifts, j)  # fmt: skip
             values[begin:end] = scores[pair[begin:end] - start, :, shift[begin:end]]
         return values

@@ -18,6 +18,9 @@ from torchem.imaging.projection import volume_shape
 from torchem.ops.pairs import Operands, add_pairs
 from torchem.ops.slices import Slices
 
+# values in a row of a matrix in half precision, or a multiple of them, that products are fast for
+WHOLE = 8
+
 
 @dataclass
 class Sums:
@@ -125,15 +128,18 @@ def add_rows(
     return residual, figures
 
 
-def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
+def _halves(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Real values for :func:`_product` and what its result is to be multiplied by: on a GPU rounded to half precision.
 
     Very many terms can bear it. The largest is put at 2^14, so that far below, too, half precision keeps its digits.
+    The last axis is filled up with zeros to `width`.
     """
     if not values.is_cuda or values.dtype != torch.float32:
-        return values, values.new_ones(())
+        return torch.nn.functional.pad(values, (0, width - values.shape[-1])), values.new_ones(())
     unit = values.abs().amax().clamp(min=1e-30) / 2.0**14
-    return (values / unit).half(), unit
+    halves = values.new_zeros((*values.shape[:-1], width), dtype=torch.float16)
+    torch.div(values, unit, out=halves[..., : values.shape[-1]])
+    return halves, unit
 
 
 def _unique(numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,11 +178,13 @@ def add_dense(
     n, n_pixels, n_fine = len(batch), batch.geometry.n_pixels, len(slices)
     residual = torch.zeros(n_pixels, dtype=torch.float64, device=rows.device)
     figures = torch.zeros((n, 3), dtype=torch.float64, device=rows.device)
+    # rows of whole 16 bytes: matrix products of others take twice as long
+    width = 2 * n_pixels + (-2 * n_pixels) % WHOLE
     cut = slices.cut()
-    flat_slices, slice_unit = _halves(torch.view_as_real(cut).flatten(1))
+    flat_slices, slice_unit = _halves(torch.view_as_real(cut).flatten(1), width)
     slice_power = torch.view_as_real(cut).square().sum(-1)
-    kept_halves, kept_unit = _halves(kept)
-    numerators = torch.zeros((n_fine, 2 * n_pixels), dtype=kept.dtype, device=rows.device)
+    kept_halves, kept_unit = _halves(kept, j)
+    numerators = torch.zeros((n_fine, width), dtype=kept.dtype, device=rows.device)
     denominators = torch.zeros((n_fine, n_pixels), dtype=kept.dtype, device=rows.device)
     starts = torch.searchsorted(rows, torch.arange(0, n + slab, slab, device=rows.device)).tolist()
     for number, (begin, end) in enumerate(pairwise(starts)):
@@ -189,10 +197,11 @@ def add_dense(
         by_orientation = kept.new_zeros((m * (n_fine // o), o))
         by_orientation = by_orientation.index_add_(0, row * (n_fine // o) + where, kept[begin:end].sum(2)).view(m, -1)
         shifted = (operands.numerator[part, None] * phases).flatten(0, 1)
-        shifted, unit = _halves(torch.view_as_real(shifted).flatten(1))
+        shifted, unit = _halves(torch.view_as_real(shifted).flatten(1), width)
         numerators.addcmul_(_product(w.T, shifted), kept_unit * unit)
         denominators.addmm_(by_orientation.T, operands.denominator[part])
-        mean_slice = torch.view_as_complex(_product(w, flat_slices).view(m, len(phases), n_pixels, 2))
+        mean_slice = _product(w, flat_slices).view(m, len(phases), -1, 2)
+        mean_slice = torch.view_as_complex(mean_slice)[..., :n_pixels]
         # Re Σ_t X_t* · mean slice, without the images at every shift
         turned_back = mean_slice.mul_(phases.conj()).sum(1) * (kept_unit * slice_unit)
         a = (operands.aligned[part] * turned_back.conj()).real
@@ -201,6 +210,6 @@ def add_dense(
         difference = scale * (scale * b - 2 * a)
         residual += difference.sum(0, dtype=torch.float64)
         figures[part] = torch.stack((difference.sum(1), a @ operands.strong, b @ operands.strong), 1).double()
-    numerators = torch.view_as_complex(numerators.unflatten(1, (-1, 2)))
+    numerators = torch.view_as_complex(numerators.unflatten(1, (-1, 2)))[:, :n_pixels]
     slices.insert(sums.data, sums.weight, numerators, denominators)
     return residual, figures
