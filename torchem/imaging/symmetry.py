@@ -12,6 +12,8 @@ from torchem.errors import InputError
 
 # above this many directions RELION leaves the borders of the asymmetric unit as they are
 BORDER_LIMIT = 4000
+# pairs of an orientation and an operator that are compared at once
+COMPARED = 2**20
 
 _ALLOWED = "C1 … C99, D1 … D99, T, O, I (= I2), I1, I2, I3, I4"
 _GOLDEN = (1 + math.sqrt(5)) / 2
@@ -123,14 +125,14 @@ def rotation_matrix(rot: Tensor, tilt: Tensor, psi: Tensor) -> Tensor:
     -------
     `(..., 3, 3)`.
     """
-    rot, tilt, psi = torch.broadcast_tensors(*(torch.deg2rad(angle) for angle in (rot, tilt, psi)))
-    ca, sa, cb, sb, cg, sg = rot.cos(), rot.sin(), tilt.cos(), tilt.sin(), psi.cos(), psi.sin()
-    rows = [
-        torch.stack((cg * cb * ca - sg * sa, cg * cb * sa + sg * ca, -cg * sb), -1),
-        torch.stack((-sg * cb * ca - cg * sa, -sg * cb * sa + cg * ca, sg * sb), -1),
-        torch.stack((sb * ca, sb * sa, cb), -1),
-    ]
-    return torch.stack(rows, -2)
+    angles = torch.deg2rad(torch.stack(torch.broadcast_tensors(rot, tilt, psi)))
+    (ca, cb, cg), (sa, sb, sg) = angles.cos(), angles.sin()
+    # columns of Z(psi)·Y(tilt), the first two of which Z(rot) turns
+    x = torch.stack((cg * cb, -sg * cb, sb), -1)
+    y = torch.stack((sg, cg, torch.zeros_like(sg)), -1)
+    z = torch.stack((-cg * sb, sg * sb, cb), -1)
+    ca, sa = ca[..., None], sa[..., None]
+    return torch.stack((x * ca - y * sa, x * sa + y * ca, z), -1)
 
 
 def euler_angles(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,9 +167,10 @@ def axes_distance(a: Tensor, b: Tensor, operators: Tensor) -> Tensor:
     `(n,)` degrees.
     """
     smallest = torch.full(a.shape[:-2], math.inf, dtype=a.dtype, device=a.device)
-    for operator in operators.to(a):
-        cosines = (a * (b @ operator)).sum(-1).clamp(-1, 1)
-        smallest = torch.minimum(smallest, cosines.acos().mean(-1))
+    for some in operators.to(a).split(max(1, COMPARED // len(a))):
+        mates = torch.einsum("nij,gjk->gnik", b, some)
+        distances = (a * mates).sum(-1).clamp_(-1, 1).acos_().mean(-1)
+        smallest = torch.minimum(smallest, distances.amin(0))
     return torch.rad2deg(smallest)
 
 
