@@ -123,6 +123,45 @@ def _scatter(sums, corner, share, values, unit, inside, FIXED: tl.constexpr):
         tl.atomic_add(at, values, mask=tl.broadcast_to(inside[:, :, None], values.shape), sem="relaxed")
 
 
+@triton.jit
+def _spread(sums, corner, tx, ty, tz, real, imaginary, weight, unit, half, inside, FIXED: tl.constexpr):
+    """Share each pixel's value and weight between the corners of its cell."""
+    values = tl.join(tl.join(real, weight), tl.join(imaginary, tl.zeros_like(weight)))
+    values = tl.reshape(values, (real.shape[0], real.shape[1], 4))
+    width = half + 1
+    plane = width * (2 * half + 1)
+    for upper_z in tl.static_range(2):
+        share_z = tz if upper_z else 1 - tz
+        for upper_y in tl.static_range(2):
+            share_y = share_z * (ty if upper_y else 1 - ty)
+            here = corner + upper_z * plane + upper_y * width
+            _scatter(sums, here, share_y * (1 - tx), values, unit, inside, FIXED)
+            _scatter(sums, here + 1, share_y * tx, values, unit, inside, FIXED)
+
+
+@triton.jit(do_not_specialize=["n_slices", "n_pixels", "half"])
+def insert_slices_kernel(
+    first, matrices, kx, ky, values, weights, sums, fixed_point, n_slices, n_pixels, half, r_max2,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """Add slices and their weights to the volumes that they were cut from."""
+    number = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    present = number < n_slices
+    turn = tl.where(present, number, 0)
+    base = tl.load(first + turn)[None, :]
+    unit = tl.load(fixed_point)
+    pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    valid = pixel < n_pixels
+    x = tl.load(kx + pixel, mask=valid, other=0.0)
+    y = tl.load(ky + pixel, mask=valid, other=0.0)
+    inside = (valid & (x * x + y * y <= r_max2))[:, None] & present[None, :]
+    corner, tx, ty, tz, sign = _cell(x, y, matrices, turn, half)
+    at = pixel[:, None] + turn[None, :] * n_pixels
+    real, imaginary = _complex(tl.load(values + at, mask=inside, other=0))
+    weight = tl.load(weights + at, mask=inside, other=0.0)
+    _spread(sums, corner + base, tx, ty, tz, real, imaginary * sign, weight, unit, half, inside, FIXED)
+
+
 @triton.jit(do_not_specialize=["n_pairs", "n_pixels", "n_shifts", "half"])
 def add_pairs_kernel(
     volumes, first, matrices, orientation, which, kx, ky, aligned, ctf2, numerator, denominator, scale, strong,
@@ -193,18 +232,9 @@ def add_pairs_kernel(
         shifted_real = x_real * ramp_real - x_imaginary * ramp_imaginary
         shifted_imaginary = (x_real * ramp_imaginary + x_imaginary * ramp_real) * sign
         d = tl.load(denominator + at, mask=inside, other=0.0) * weight[None, :]
-        values = tl.join(tl.join(shifted_real, d), tl.join(shifted_imaginary, tl.zeros_like(d)))
-        values = tl.reshape(values, (BLOCK_P, BLOCK_M, 4))
-        corner += base
-        width = half + 1
-        plane = width * (2 * half + 1)
-        for upper_z in tl.static_range(2):
-            share_z = tz if upper_z else 1 - tz
-            for upper_y in tl.static_range(2):
-                share_y = share_z * (ty if upper_y else 1 - ty)
-                here = corner + upper_z * plane + upper_y * width
-                _scatter(sums, here, share_y * (1 - tx), values, volume_unit, inside, FIXED)
-                _scatter(sums, here + 1, share_y * tx, values, volume_unit, inside, FIXED)
+        _spread(
+            sums, corner + base, tx, ty, tz, shifted_real, shifted_imaginary, d, volume_unit, half, inside, FIXED
+        )
     tl.store(figures + pair * 3, tl.sum(norm, 0), mask=present)
     tl.store(figures + pair * 3 + 1, tl.sum(strong_a, 0), mask=present)
     tl.store(figures + pair * 3 + 2, tl.sum(strong_b, 0), mask=present)

@@ -49,12 +49,12 @@ def posterior_kernel(
     edge = tl.arange(0, EDGES)
     for _ in range(PASSES):
         width = width / EDGES
-        reached = tl.zeros((EDGES,), tl.float64)
+        reached = tl.zeros((BLOCK, EDGES), tl.float64)
         for begin in range(0, count, BLOCK):
             value = tl.load(values + begin + lane, mask=begin + lane < count, other=-float("inf")) - maximum
             above = value[:, None] >= low + width * edge[None, :]
-            reached += tl.sum(tl.where(above, tl.exp(value)[:, None], 0.0), 0).to(tl.float64)
-        low += width * (tl.sum((reached > wanted).to(tl.int32), 0) - 1)
+            reached += tl.where(above, tl.exp(value)[:, None], 0.0).to(tl.float64)
+        low += width * (tl.sum((tl.sum(reached, 0) > wanted).to(tl.int32), 0) - 1)
 
     shift = (log_whole - maximum.to(tl.float64)).to(tl.float32)
     for begin in range(0, count, BLOCK):

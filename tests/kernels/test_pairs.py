@@ -85,7 +85,7 @@ def test_scores(sizes: tuple[int, ...], correlation: bool, monkeypatch: pytest.M
         return pairs.score_pairs(x.slices, x.orientation, x.which, x.images, x.weights, x.phases, power, 2**12)
 
     expected = scores(x)
-    monkeypatch.setattr(pairs, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(Slices, "on_gpu", True)
     assert_close(scores(x.single()), expected)
 
 
@@ -97,7 +97,7 @@ def test_scores_of_half_precision_volumes(monkeypatch: pytest.MonkeyPatch) -> No
         return pairs.score_pairs(x.slices, x.orientation, x.which, x.images, x.weights, x.phases, None, 2**12, half)
 
     expected = scores(x, False)
-    monkeypatch.setattr(pairs, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(Slices, "on_gpu", True)
     assert_close(scores(x.single(), True), expected, 5e-4)
     assert torch.linalg.norm(scores(x.single(), True).cpu() - expected) > 1e-6 * torch.linalg.norm(expected)
 
@@ -115,9 +115,32 @@ def test_sums(sizes: tuple[int, ...], deterministic: bool, monkeypatch: pytest.M
         )  # fmt: skip
 
     expected = sums(x)
-    monkeypatch.setattr(pairs, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(Slices, "on_gpu", True)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     for mine, double in zip(sums(x.single()), expected, strict=True):
+        assert_close(mine, double)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("size", [4, 9])
+def test_insertion(size: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = Problem(1, 1, 37, 1, size)
+    generator = torch.Generator().manual_seed(size)
+    shape = len(x.slices), len(x.slices.kx)
+    values = torch.randn(shape, generator=generator, dtype=torch.complex128)
+    weights = torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def inserted(slices: Slices, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        data = torch.ones_like(slices.volumes)
+        weight = torch.ones_like(data.real)
+        slices.insert(data, weight, values, weights)
+        return data, weight
+
+    expected = inserted(x.slices, values, weights)
+    monkeypatch.setattr(Slices, "on_gpu", True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    found = inserted(x.single().slices, _single(values), _single(weights))
+    for mine, double in zip(found, expected, strict=True):
         assert_close(mine, double)
 
 
@@ -125,7 +148,7 @@ def test_sums(sizes: tuple[int, ...], deterministic: bool, monkeypatch: pytest.M
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="NumPy's products, which the interpreter uses, depend on the order")
 def test_deterministic_sums_do_not_depend_on_the_order_of_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     x = Problem(40, 5, 7, 9, 6).single()
-    monkeypatch.setattr(pairs, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(Slices, "on_gpu", True)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     found = []
     for order in (torch.arange(40), torch.randperm(40, generator=torch.Generator().manual_seed(1))):

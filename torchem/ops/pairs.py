@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from torchem.ops.slices import Slices
+from torchem.ops.slices import FIXED_POINT, Slices, accumulators, add_accumulated, packed
 from torchem.ops.squared_difference import score_pairs as score_cut_pairs
 from torchem.runtime.cpu import side_by_side
 
@@ -20,8 +20,6 @@ from torchem.runtime.cpu import side_by_side
 BLOCK = 2**18
 # the same of the slices that weighted sums are gathered in
 ADDED_BLOCK = 2**19
-# of the fixed point numbers that deterministic sums are made of: room for 2^23 contributions as large as the largest
-FIXED_POINT = 2.0**39
 
 
 def score_pairs(
@@ -50,7 +48,7 @@ def score_pairs(
     -------
     `(m, t)` real.
     """
-    if _on_gpu(slices):
+    if slices.on_gpu:
         cross, norm = _score_on_gpu(slices, orientation, which, images, weights, phases, half)
         if power is None:
             return cross.sub_(0.5 * norm[:, None])
@@ -167,7 +165,7 @@ def add_pairs(
     -------
     `(p,)` S²B - 2SA of all pairs; `(n, 3)` its sum over pixels by image, and those of A and B where ``strong``; double.
     """
-    if _on_gpu(slices):
+    if slices.on_gpu:
         return _add_on_gpu(slices, orientation, which, probability, phases, operands, data, weight)
     n, n_pixels = operands.ctf2.shape
     ramps = torch.view_as_real(phases).flatten(1)
@@ -256,15 +254,6 @@ def _add_on_cpu(
     return residual, figures
 
 
-def _on_gpu(slices: Slices) -> bool:
-    return slices.volumes.is_cuda and slices.volumes.dtype == torch.complex64 and slices.volumes.ndim == 4
-
-
-def _packed(values: Tensor) -> Tensor:
-    """Complex64 as int64, one load a value."""
-    return values.resolve_conj().contiguous().view(torch.int64)
-
-
 def _paired(volumes: Tensor) -> tuple[Tensor, Tensor]:
     """Volumes in half precision, each value and its neighbour in x as one int64, and the unit they are multiples of."""
     values = torch.view_as_real(volumes)
@@ -275,28 +264,21 @@ def _paired(volumes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((values, neighbours), -1).view(torch.int64)[..., 0], unit[None]
 
 
-def _cells(slices: Slices) -> tuple[Tensor, Tensor]:
-    """`(u,)` where each slice's volume begins, and `(u, 6)` padded x, y, z a step in kx and in ky."""
-    first = slices.classes * slices.volumes[0].numel()
-    turns = slices.matrices[:, :2].transpose(1, 2) * slices.padding
-    return first, turns.to(torch.float32).contiguous()
-
-
 def _score_on_gpu(
     slices: Slices, orientation: Tensor, which: Tensor, images: Tensor, weights: Tensor, phases: Tensor, half: bool
 ) -> tuple[Tensor, Tensor]:
     from torchem.kernels.pairs import score_pairs_kernel
 
     m, n_shifts = len(which), len(phases)
-    volumes, unit = _paired(slices.volumes) if half else (_packed(slices.volumes), weights.new_ones(1))
+    volumes, unit = _paired(slices.volumes) if half else (packed(slices.volumes), weights.new_ones(1))
     cross = torch.empty((m, n_shifts), dtype=torch.float32, device=which.device)
     norm = torch.empty(m, dtype=torch.float32, device=which.device)
     # measured best on an H100: 59 G pixels/s for 9 shifts, 72 for 36, from volumes in half precision (single: 47, 55)
     block_t, dot = (16, "ieee") if n_shifts <= 16 else (64, "tf32x3")
     if m:
         score_pairs_kernel[(-(-m // 64), -(-n_shifts // block_t))](
-            volumes, unit, *_cells(slices), orientation, which, slices.kx, slices.ky, _packed(images),
-            weights.contiguous(), _packed(phases), cross, norm, m, images.shape[1], n_shifts,
+            volumes, unit, *slices.cells(), orientation, which, slices.kx, slices.ky, packed(images),
+            weights.contiguous(), packed(phases), cross, norm, m, images.shape[1], n_shifts,
             slices.volumes.shape[1] // 2, float(slices.r_max**2), BLOCK_M=64, BLOCK_P=16, BLOCK_T=block_t, PAIRED=half,
             DOT=dot, num_warps=4, num_stages=1,
         )  # fmt: skip
@@ -311,26 +293,23 @@ def _add_on_gpu(
 
     m, device = len(which), which.device
     n, n_pixels = operands.ctf2.shape
-    fixed = torch.are_deterministic_algorithms_enabled()
-    # whole numbers add up to the same in any order
-    sums = torch.zeros((weight.numel(), 4), dtype=torch.int64 if fixed else torch.float32, device=device)
+    sums = accumulators(weight)
+    fixed = sums.dtype == torch.int64
     residual = torch.zeros(n_pixels, dtype=torch.int64 if fixed else torch.float64, device=device)
     by_pair = torch.empty((m, 3), dtype=torch.float32, device=device)
-    unit = _fixed_points(slices, operands)
+    unit = _fixed_points(slices, operands) if fixed else weight.new_ones(2)
     if m:
         add_pairs_kernel[(-(-m // 16),)](
-            _packed(slices.volumes), *_cells(slices), orientation, which, slices.kx, slices.ky,
-            _packed(operands.aligned), operands.ctf2.contiguous(), _packed(operands.numerator),
+            packed(slices.volumes), *slices.cells(), orientation, which, slices.kx, slices.ky,
+            packed(operands.aligned), operands.ctf2.contiguous(), packed(operands.numerator),
             operands.denominator.contiguous(), operands.scale.contiguous(), operands.strong.contiguous(),
-            _packed(phases), probability.contiguous(), sums, by_pair, residual, unit, m, n_pixels, len(phases),
+            packed(phases), probability.contiguous(), sums, by_pair, residual, unit, m, n_pixels, len(phases),
             slices.volumes.shape[1] // 2, float(slices.r_max**2), BLOCK_M=16, BLOCK_P=16, BLOCK_T=16, FIXED=fixed,
             num_warps=4, num_stages=1,
         )  # fmt: skip
+    add_accumulated(data, weight, sums, unit[0])
     if fixed:
-        sums, residual = sums.double() / unit[0], residual.double() / unit[1]
-    real, imaginary, share, _ = sums.to(weight.dtype).reshape(*weight.shape, 4).unbind(-1)
-    data += torch.complex(real, imaginary)
-    weight += share
+        residual = residual.double() / unit[1]
     figures = torch.zeros((n, 3), dtype=torch.float64, device=device)
     return residual, figures.index_add_(0, which, by_pair.double())
 

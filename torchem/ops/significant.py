@@ -15,8 +15,8 @@ BINS = 1024
 BLOCK = 2**16
 # nats under the top where exp stops: a CPU takes seven times as long for subnormal numbers
 NOTHING = 80.0
-# the kernel narrows a row's threshold this often, each time by EDGES: 24 nats to 2e-5
-PASSES, EDGES = 4, 32
+# the kernel narrows a row's threshold this often, each time by EDGES: 24 nats to 1e-5
+PASSES, EDGES = 7, 8
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _posterior_on_gpu(log_weights: Tensor, first: Tensor, fraction: float) -> Po
     if n:
         posterior_kernel[(n,)](
             log_weights, first, kept, top, log_total, best, fraction, deepest,
-            BLOCK=256, EDGES=EDGES, PASSES=PASSES, num_warps=4, num_stages=1,
+            BLOCK=512, EDGES=EDGES, PASSES=PASSES, num_warps=4, num_stages=1,
         )  # fmt: skip
     return Posterior(kept, top, log_total, best)
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from torchem.runtime.cpu import MOST_WORKERS, side_by_side
 
+# of the fixed point numbers that deterministic sums are made of: room for 2^23 contributions as large as the largest
+FIXED_POINT = 2.0**39
+
 
 @dataclass(frozen=True)
 class Slices:
@@ -41,6 +44,17 @@ class Slices:
     def __getitem__(self, which: Tensor | slice) -> "Slices":
         return replace(self, classes=self.classes[which], matrices=self.matrices[which])
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether :mod:`torchem.kernels.pairs` serves: single precision, 3D references."""
+        return self.volumes.is_cuda and self.volumes.dtype == torch.complex64 and self.volumes.ndim == 4
+
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """For kernels: `(u,)` where each slice's volume begins, and `(u, 6)` padded x, y, z a step in kx and in ky."""
+        first = self.classes * self.volumes[0].numel()
+        turns = self.matrices[:, :2].transpose(1, 2) * self.padding
+        return first, turns.to(torch.float32).contiguous()
+
     def cut(self) -> Tensor:
         """`(u, p)` complex."""
         if len(self.volumes) == 1:
@@ -53,6 +67,9 @@ class Slices:
 
     def insert(self, data: Tensor, weight: Tensor, slices: Tensor, slice_weights: Tensor) -> None:
         """Add slices `(u, p)` and their weights to the accumulators `(k, …)` of the volumes, in place."""
+        if self.on_gpu:
+            _insert_on_gpu(self, data, weight, slices, slice_weights)
+            return
         for k in range(len(self.volumes)):
             mine = slice(None) if len(self.volumes) == 1 else torch.nonzero(self.classes == k)[:, 0]
             backproject(
@@ -60,6 +77,45 @@ class Slices:
                 self.padding, self.r_max,
             )  # fmt: skip
 
+
+def packed(values: Tensor) -> Tensor:
+    """Complex64 as int64, so that a kernel loads a value at once."""
+    return values.resolve_conj().contiguous().view(torch.int64)
+
+
+def accumulators(weight: Tensor) -> Tensor:
+    """`(v, 4)`: sums of real and imaginary part and weight, and nothing, of each of v voxels, side by side.
+
+    Whole numbers where the result must not depend on the order in which they are added up.
+    """
+    dtype = torch.int64 if torch.are_deterministic_algorithms_enabled() else torch.float32
+    return torch.zeros((weight.numel(), 4), dtype=dtype, device=weight.device)
+
+
+def add_accumulated(data: Tensor, weight: Tensor, sums: Tensor, unit: Tensor) -> None:
+    """Add :func:`accumulators` to volumes `(k, …)` in place; `unit` is how many whole numbers a 1 is."""
+    if sums.dtype == torch.int64:
+        sums = sums.double() / unit
+    real, imaginary, share, _ = sums.to(weight.dtype).reshape(*weight.shape, 4).unbind(-1)
+    data += torch.complex(real, imaginary)
+    weight += share
+
+
+def _insert_on_gpu(cut: Slices, data: Tensor, weight: Tensor, slices: Tensor, slice_weights: Tensor) -> None:
+    from torchem.kernels.pairs import insert_slices_kernel
+
+    u, n_pixels = slice_weights.shape
+    sums, unit = accumulators(weight), weight.new_ones(())
+    if u and sums.dtype == torch.int64:
+        largest = torch.maximum(torch.view_as_real(slices).abs().amax(), slice_weights.abs().amax())
+        unit = FIXED_POINT / largest.clamp(min=1e-30)
+    if u:
+        insert_slices_kernel[(-(-u // 16), -(-n_pixels // 32))](
+            *cut.cells(), cut.kx, cut.ky, packed(slices), slice_weights.contiguous(), sums, unit, u, n_pixels,
+            cut.volumes.shape[1] // 2, float(cut.r_max**2), BLOCK_M=16, BLOCK_P=32, FIXED=sums.dtype == torch.int64,
+            num_warps=4,
+        )  # fmt: skip
+    add_accumulated(data, weight, sums, unit)
 
 
 def project(volume: Tensor, matrices: Tensor, kx: Tensor, ky: Tensor, padding: int, r_max: int) -> Tensor:
