@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -267,7 +268,13 @@ class Refiner:
         found = _zero_poses(len(self.particles))
         done = torch.zeros(len(self.particles))
         self._finished = 0
-        sums = [self._expectation_of_half(number, settings, found, done) for number in range(len(state.halves))]
+        parts = [self._parts_of_half(number) for number in range(len(state.halves))]
+        # the first images of a half are read while the last of the other are worked on
+        images = self.images.batches([part for _, part in chain(*parts)])
+        sums = [
+            self._expectation_of_half(half, mine, images, settings, found, done)
+            for half, mine in zip(state.halves, parts, strict=True)
+        ]
         for tensor in (*vars(found).values(), done):
             self.world.sum_(tensor)
         # an unusable particle keeps what it had
@@ -277,21 +284,36 @@ class Refiner:
             setattr(state.poses, name, torch.where(new, values, kept))
         return sums
 
-    def _expectation_of_half(self, number: int, settings: ExpectationSettings, found: Poses, done: Tensor) -> Sums:
+    def _parts_of_half(self, number: int) -> list[tuple[int, Tensor]]:
+        """Optics group and particles of each batch of this process."""
+        mine = self.mine[self.state.subset[self.mine] == number]
+        return [
+            (group, part)
+            for group in range(len(self.optics))
+            if len(members := mine[self.optics_group[mine] == group])
+            for part in members.split(self.plan.batch_particles)
+        ]
+
+    def _expectation_of_half(
+        self, half: Model, parts: list[tuple[int, Tensor]], batches: Iterator[tuple[Tensor, Tensor]],
+        settings: ExpectationSettings, found: Poses, done: Tensor,
+    ) -> Sums:  # fmt: skip
         """The sums of one half; notes what was found for its particles."""
-        state, half = self.state, self.state.halves[number]
         expectation = Expectation(half, self.grid, settings, self.operators)
-        for group, optics in enumerate(self.optics):
-            geometry = ImageGeometry.of(optics, state.current_size, self.box, self.pixel_size, self.dtype, self.device)
-            members = self.mine[(state.subset[self.mine] == number) & (self.optics_group[self.mine] == group)]
-            parts = members.split(self.plan.batch_particles)
-            for part, (images, indices) in zip(parts, self.images.batches(parts), strict=True):
-                if len(indices):
-                    with memory.scope("batch"):
-                        self._batch(expectation, half, group, geometry, images, indices, found, done)
-                if self.progress is not None:
-                    self._finished += len(part)
-                    self.progress(self._finished, len(self.mine))
+        geometry = {
+            group: ImageGeometry.of(
+                self.optics[group], settings.current_size, self.box, self.pixel_size, self.dtype, self.device
+            )
+            for group in dict(parts)
+        }
+        for group, part in parts:
+            images, indices = next(batches)
+            if len(indices):
+                with memory.scope("batch"):
+                    self._batch(expectation, half, group, geometry[group], images, indices, found, done)
+            if self.progress is not None:
+                self._finished += len(part)
+                self.progress(self._finished, len(self.mine))
         for tensor in expectation.sums.tensors():
             self.world.sum_(tensor)
         return expectation.sums
