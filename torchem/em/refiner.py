@@ -191,7 +191,8 @@ class Refiner:
         for half in state.halves:
             # only what stays for longer: the thread that sends holds it for a moment after the call
             self.world.broadcast_(half.references)
-        schedule.update_changes(state, old_euler, old_offsets, self.operators.cpu())
+        with memory.scope("chunk"):
+            schedule.update_changes(state, old_euler, old_offsets, self.operators.cpu())
 
     # start
 

@@ -13,7 +13,7 @@ from torchem.errors import InputError
 # above this many directions RELION leaves the borders of the asymmetric unit as they are
 BORDER_LIMIT = 4000
 # pairs of an orientation and an operator that are compared at once
-COMPARED = 2**20
+COMPARED = 2**18
 
 _ALLOWED = "C1 … C99, D1 … D99, T, O, I (= I2), I1, I2, I3, I4"
 _GOLDEN = (1 + math.sqrt(5)) / 2
