@@ -207,7 +207,8 @@ class Refiner:
         self.world = world or World(device=_device(options.device))
         self.device = self.world.device
         if self.device.type == "cpu":
-            allow_fast_products()
+            with memory.scope("chunk"):
+                allow_fast_products()
         self.dtype = torch.float64 if options.precision == "double" else torch.float32
         be_deterministic(options.deterministic)
         memory.warm_up(self.device)
