@@ -170,7 +170,7 @@ def _posterior_on_gpu(log_weights: Tensor, first: Tensor, fraction: float) -> Po
     if n:
         posterior_kernel[(n,)](
             log_weights, first, kept, top, log_total, best, fraction, deepest,
-            BLOCK=512, EDGES=EDGES, PASSES=PASSES, num_warps=4, num_stages=1,
+            BLOCK=512, CHUNK=16, EDGES=EDGES, PASSES=PASSES, num_warps=4, num_stages=1,
         )  # fmt: skip
     return Posterior(kept, top, log_total, best)
 
