@@ -112,31 +112,25 @@ def score_pairs_kernel(
 
 
 @triton.jit
-def _scatter(sums, corner, share, values, unit, inside, FIXED: tl.constexpr):
-    """Add (real, imaginary, weight, nothing) of each pixel to one corner of its cell."""
-    four = tl.arange(0, 4)[None, None, :]
-    at = sums + corner[:, :, None] * 4 + four
-    values = values * share[:, :, None]
-    if FIXED:
-        tl.atomic_add(at, (values * unit).to(tl.int64), mask=inside[:, :, None] & (four < 3), sem="relaxed")
-    else:
-        tl.atomic_add(at, values, mask=tl.broadcast_to(inside[:, :, None], values.shape), sem="relaxed")
-
-
-@triton.jit
 def _spread(sums, corner, tx, ty, tz, real, imaginary, weight, unit, half, inside, FIXED: tl.constexpr):
-    """Share each pixel's value and weight between the corners of its cell."""
+    """Share (real, imaginary, weight, nothing) of each pixel between the corners of its cell."""
     values = tl.join(tl.join(real, weight), tl.join(imaginary, tl.zeros_like(weight)))
     values = tl.reshape(values, (real.shape[0], real.shape[1], 4))
     width = half + 1
     plane = width * (2 * half + 1)
-    for upper_z in tl.static_range(2):
-        share_z = tz if upper_z else 1 - tz
-        for upper_y in tl.static_range(2):
-            share_y = share_z * (ty if upper_y else 1 - ty)
-            here = corner + upper_z * plane + upper_y * width
-            _scatter(sums, here, share_y * (1 - tx), values, unit, inside, FIXED)
-            _scatter(sums, here + 1, share_y * tx, values, unit, inside, FIXED)
+    eight, four = tl.arange(0, 8), tl.arange(0, 4)
+    upper_x, upper_y, upper_z = eight & 1, (eight >> 1) & 1, eight >> 2
+    share = tl.where(upper_x == 1, tx[:, :, None], 1 - tx[:, :, None])
+    share *= tl.where(upper_y == 1, ty[:, :, None], 1 - ty[:, :, None])
+    share *= tl.where(upper_z == 1, tz[:, :, None], 1 - tz[:, :, None])
+    values = share[:, :, :, None] * values[:, :, None, :]
+    there = corner[:, :, None] + (upper_x + upper_y * width + upper_z * plane)
+    there = sums + there[:, :, :, None] * 4 + four
+    inside = tl.broadcast_to(inside[:, :, None, None], values.shape)
+    if FIXED:
+        tl.atomic_add(there, (values * unit).to(tl.int64), mask=inside & (four < 3), sem="relaxed")
+    else:
+        tl.atomic_add(there, values, mask=inside, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n_slices", "n_pixels", "half"])
