@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 
 from torchem.data.mrc import write_map, write_stack
 from torchem.data.star import write_star
+
+# processes that tests start find this checkout first, and then what this process found
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")))
+)
 
 
 @pytest.fixture(scope="session")

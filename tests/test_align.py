@@ -23,7 +23,6 @@ from torchem.mra.options import AlignDataset, AlignOptions
 from torchem.runtime.distributed import World
 from torchem.runtime.progress import Progress
 
-ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("out")
 OPTIONS = AlignOptions(
     images="particles.mrcs", references="refs.mrcs", last_ring=9, x_range=2, y_range=2, max_iterations=2, device="cpu"
@@ -191,7 +190,7 @@ def test_two_processes_find_the_same() -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "torchem.align", *arguments, "hydra.run.dir=two"],
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]

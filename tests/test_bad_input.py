@@ -17,7 +17,6 @@ from torchem.errors import InputError
 from torchem.refine import plan, prepare
 from torchem.runtime.progress import Progress
 
-ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("out")
 
 
@@ -269,7 +268,7 @@ def command(*arguments: str) -> tuple[int, list[str]]:
     done = subprocess.run(
         [sys.executable, "-m", "torchem.refine", *arguments],
         capture_output=True, text=True, timeout=120,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     return done.returncode, (done.stdout + done.stderr).splitlines()
 

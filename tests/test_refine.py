@@ -19,7 +19,6 @@ from torchem.refine import Job, _left, complete, finished, make_stand_in, plan
 from torchem.runtime.progress import Progress
 from torchem.runtime.run_folder import inspect, write_settings
 
-ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("outputs/particles/run")
 
 
@@ -43,7 +42,7 @@ def begin(options: RefineOptions, iterations: int, folder: Path = RUN) -> None:
 
 def test_public_names_are_loaded_when_asked_for() -> None:
     check = "import sys, torchem; assert 'torch' not in sys.modules; assert torchem.InputError.__name__ == 'InputError'"
-    subprocess.run([sys.executable, "-c", check], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    subprocess.run([sys.executable, "-c", check], check=True)
     assert torchem.RefineOptions is RefineOptions
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         torchem.nothing  # noqa: B018
@@ -218,7 +217,7 @@ def run(*arguments: str, prefix: tuple[str, ...] = ("-m",)) -> subprocess.Comple
     return subprocess.run(
         [sys.executable, *prefix, "torchem.refine", *given, *arguments],
         capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

@@ -17,8 +17,6 @@ from torchem.runtime import run_folder
 from torchem.runtime.progress import Progress
 from torchem.simulate import Settings, make
 
-ROOT = Path(__file__).resolve().parents[1]
-
 # fixed: other programs call the command with them
 KEYS = """
 model symmetry n_particles box pixel_size low_pass_angst orientations shift_sigma_px defocus_min_angst
@@ -94,7 +92,7 @@ def test_made_again_if_it_was_not_finished(small: Settings, tmp_path: Path) -> N
 def test_command(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "torchem.simulate", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     done = run("n_particles=2", "box=24", "pixel_size=9.5", "name=mine")

@@ -12,7 +12,6 @@ import torch
 from torchem.errors import InputError
 from torchem.runtime.distributed import World, launched, start
 
-ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID",
 }  # fmt: skip
@@ -145,7 +144,6 @@ def test_two_processes(tmp_path: Path) -> None:
         subprocess.Popen(
             [sys.executable, script],
             env=clean | {
-                "PYTHONPATH": str(ROOT),
                 "OMP_NUM_THREADS": "1",
                 "OMPI_COMM_WORLD_RANK": str(rank),
                 "OMPI_COMM_WORLD_SIZE": "2",

@@ -1,6 +1,5 @@
 """PyTorch on the stack on a GPU, each in a process of its own, since CUDA's first allocator stays."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,11 +22,9 @@ here = torch.device("cuda", 0)
 
 
 def python(script: str, *arguments: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", START + script, *arguments], capture_output=True, text=True, timeout=300,
-        env=environment,
-    )  # fmt: skip
+        [sys.executable, "-c", START + script, *arguments], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
