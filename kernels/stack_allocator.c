@@ -436,31 +436,6 @@ static size_t give_back(Arena *arena, int r, size_t height, size_t count) {
     return count;
 }
 
-/* map `count` more chunks to the end of a range: from the pool, new ones, else those idle in other ranges */
-static bool grow(Arena *arena, int r, size_t count) {
-    const Memory *memory = arena->memory;
-    Range *range = &arena->ranges[r];
-    while (arena->spare < count && arena->created < arena->most && memory->create(arena, &arena->pool[arena->spare])) {
-        arena->spare++;
-        arena->created++;
-    }
-    for (int other = RANGES - 1; other >= 0; other--)
-        if (other != r && arena->spare < count)
-            arena->figures.moved +=
-                (int64_t)give_back(arena, other, top_of(&arena->ranges[other]), count - arena->spare);
-    if (arena->spare < count) return false;
-    char *at = range->base + range->chunks * arena->chunk;
-    size_t done = 0;
-    while (done < count && memory->map(arena, at + done * arena->chunk, arena->pool[arena->spare - 1 - done])) done++;
-    if (done < count || !memory->allow(arena, at, count * arena->chunk)) {
-        if (done) memory->unmap(arena, at, done * arena->chunk);
-        return false;
-    }
-    for (size_t i = 0; i < count; i++) range->handles[range->chunks++] = arena->pool[--arena->spare];
-    count_mapped(arena, r, (int64_t)count);
-    return true;
-}
-
 /* blocks and holes */
 
 static void push(Block **list, Block *block) {
@@ -549,11 +524,12 @@ static bool alike(const Block *one, const Block *other) {
 }
 
 /* lower the top over holes, at most to the mark of the open scope; other streams keep theirs, which only they may
- * use without waiting */
-static void settle(Arena *arena, int r) {
+ * use without waiting, unless the computing stream is to wait for them */
+static void settle(Arena *arena, int r, bool wait) {
     Range *range = &arena->ranges[r];
-    while (range->last && !range->last->live && range->last->stream == arena->stream &&
+    while (range->last && !range->last->live && (wait || range->last->stream == arena->stream) &&
            (size_t)(range->last->start - range->base) >= range->mark) {
+        arena->memory->follow(arena, range->last->stream, arena->stream);
         pull_hole(range, range->last);
         unchain(range, range->last);
     }
@@ -580,6 +556,39 @@ static void count_live(Arena *arena, int r, int64_t size, int blocks) {
     count_peak(all->top - all->live, &all->peak_holes);
 }
 
+/* lower the top over holes of other streams, too */
+static void lower(Arena *arena, int r) {
+    settle(arena, r, true);
+    count_live(arena, r, 0, 0);
+}
+
+/* map `count` more chunks to the end of a range: from the pool, new ones, else those idle in other ranges */
+static bool grow(Arena *arena, int r, size_t count) {
+    const Memory *memory = arena->memory;
+    Range *range = &arena->ranges[r];
+    while (arena->spare < count && arena->created < arena->most && memory->create(arena, &arena->pool[arena->spare])) {
+        arena->spare++;
+        arena->created++;
+    }
+    for (int other = RANGES - 1; other >= 0; other--)
+        if (other != r && arena->spare < count) {
+            lower(arena, other);
+            arena->figures.moved +=
+                (int64_t)give_back(arena, other, top_of(&arena->ranges[other]), count - arena->spare);
+        }
+    if (arena->spare < count) return false;
+    char *at = range->base + range->chunks * arena->chunk;
+    size_t done = 0;
+    while (done < count && memory->map(arena, at + done * arena->chunk, arena->pool[arena->spare - 1 - done])) done++;
+    if (done < count || !memory->allow(arena, at, count * arena->chunk)) {
+        if (done) memory->unmap(arena, at, done * arena->chunk);
+        return false;
+    }
+    for (size_t i = 0; i < count; i++) range->handles[range->chunks++] = arena->pool[--arena->spare];
+    count_mapped(arena, r, (int64_t)count);
+    return true;
+}
+
 static bool is_owner(const Arena *arena) { return !arena->depth || pthread_equal(arena->owner, pthread_self()); }
 
 static Block *allocate(Arena *arena, size_t size, void *stream) {
@@ -593,10 +602,11 @@ static Block *allocate(Arena *arena, size_t size, void *stream) {
         return NULL;
     }
     size = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    size_t end = top_of(range) + size;
+    size_t mapped = range->chunks * arena->chunk;
     Block *block = best_hole(range, size, scope, stream, false);
     /* to wait for another stream's work is better than to take more memory */
-    if (!block && end > range->chunks * arena->chunk) block = best_hole(range, size, scope, stream, true);
+    if (!block && top_of(range) + size > mapped && !(block = best_hole(range, size, scope, stream, true)))
+        lower(arena, r);
     if (block) {
         pull_hole(range, block);
         arena->memory->follow(arena, block->stream, stream);
@@ -610,7 +620,7 @@ static Block *allocate(Arena *arena, size_t size, void *stream) {
             block->size += rest;
         }
     } else {
-        size_t mapped = range->chunks * arena->chunk;
+        size_t end = top_of(range) + size;
         if (end > mapped && !grow(arena, r, chunks_of(arena, end - mapped))) {
             char why[256]; /* what the memory said, if it failed */
             snprintf(why, sizeof why, "%s%.*s", *message ? ": " : "", (int)strcspn(message, "\n"), message);
@@ -656,7 +666,7 @@ static void release(Arena *arena, Block *block) {
         merge(range, block, block->above);
     }
     push_hole(range, block);
-    settle(arena, r);
+    settle(arena, r, false);
     count_live(arena, r, -size, -1);
     note(arena, RELEASE, r, size, number);
 }
@@ -683,16 +693,19 @@ static int64_t end_scope(Arena *arena, Survivor *survivors, int64_t room) {
         /* the first block under the mark was reached only to be merged */
         if ((size_t)(block->start - range->base) < scope.mark) break;
     }
-    settle(arena, scope.range);
+    settle(arena, scope.range, false);
     count_live(arena, scope.range, 0, 0);
     arena->figures.survivors += count;
     count_peak(arena->figures.ranges[scope.range].top - (int64_t)scope.mark, &arena->figures.waste);
     note(arena, CLOSE, scope.range, 0, 0);
-    /* between iterations, what none of the ranges needed in the last one serves the others in the next */
+    /* between iterations, what none of the ranges needed in the last one serves the others in the next; what other
+     * streams needed for a while in the run range, too */
     if (scope.range == ITERATION && !range->scope)
         for (int r = 0; r < RANGES; r++) {
-            give_back(arena, r, arena->ranges[r].crest, SIZE_MAX);
-            arena->ranges[r].crest = top_of(&arena->ranges[r]);
+            lower(arena, r);
+            size_t top = top_of(&arena->ranges[r]);
+            give_back(arena, r, r == RUN ? top : arena->ranges[r].crest, SIZE_MAX);
+            arena->ranges[r].crest = top;
         }
     return count;
 }

@@ -260,14 +260,33 @@ def test_streams_wait_for_each_other(driver: str) -> None:
     # another stream takes that hole only when there is no more memory
     mine = arena.allocate(MIB)
     assert mine != other
-    arena.release(mine)
     taken = [arena.allocate(2 * MIB) for _ in range(15)]
-    last = arena.allocate(MIB // 2)
     start = len(log())
-    assert {arena.allocate(MIB // 2), arena.allocate(MIB // 2)} & {other, other + MIB // 2}
+    assert {arena.allocate(MIB // 2), arena.allocate(MIB // 2)} == {other, other + MIB // 2}
     assert b"record 5;wait 0;" in log()[start:]
-    del taken, last
+    del taken, mine
     assert arena.statistics().elsewhere == 2
+
+
+def test_what_other_streams_freed_goes_back_when_memory_or_an_iteration_ends(driver: str) -> None:
+    arena = Arena(0, chunk=2 * MIB, driver=driver)
+    log = ctypes.CDLL(driver).fake_log
+    log.restype = ctypes.c_char_p
+    with arena.scope("iteration"):
+        ahead = arena.allocate(8 * MIB, stream=5)
+        temporary = arena.allocate(20 * MIB, stream=5)
+        arena.release(temporary)
+        assert arena.statistics().ranges["run"].top == 28 * MIB
+        start = len(log())
+        # 32 MiB are there: the top of the run's range is lowered over what stream 5 has freed, and waits for it
+        arena.release(arena.allocate(16 * MIB))
+        assert b"record 5;wait 0;" in log()[start:]
+        assert arena.statistics().ranges["run"].top == 8 * MIB
+        arena.release(arena.allocate(6 * MIB, stream=5))
+    assert arena.statistics().ranges["run"].mapped == 8 * MIB == arena.statistics().top
+    arena.release(ahead)
+    # a larger block begins where the hole did
+    assert arena.allocate(24 * MIB) == ahead
 
 
 def test_wrong_requests(driver: str) -> None:

@@ -26,6 +26,7 @@ from torchem.ops.slices import Slices
 from torchem.ops.squared_difference import (
     CPU_LADDER,
     LADDER,
+    LogWeights,
     Projections,
     choose_precision,
     log_weights,
@@ -242,16 +243,17 @@ class Expectation:
         if sigma is not None:
             return self._local_samples(batch, operands, phases, offset_prior, last_euler, sigma)
         every = self._global_log_weights(batch, inverse_sigma2, operands, phases, offset_prior)
-        parts = [
-            self._global_samples(slab, values, log_total, offset_prior[slab]) for slab, values, log_total in every
-        ]
+        parts = []
+        for slab, found in every:
+            parts.append(self._global_samples(slab, found.values, found.log_total(), offset_prior[slab]))
+            del found  # gone before the next ones are made
         particle, column, log_prior = (torch.cat(part) for part in zip(*parts, strict=True))
         return Samples(particle, column, log_prior, torch.bincount(particle, minlength=len(batch)))
 
     def _global_log_weights(
         self, batch: ImageBatch, inverse_sigma2: Tensor, operands: tuple, phases: Tensor, offset_prior: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Particles `(n,)`, their log weights `(n, t, k·r)` at every coarse sample and log totals, slab after slab."""
+    ) -> Iterator[tuple[Tensor, LogWeights]]:
+        """Particles `(n,)` and their log weights `(n, t, k·r)` at every coarse sample, slab after slab."""
         images, weights, power = operands
         n_pixels, n_shifts = images.shape[1], len(phases)
         key = f"{batch.geometry.optics.name} {n_pixels}"
@@ -269,11 +271,10 @@ class Expectation:
         for slab in torch.arange(len(batch), device=images.device).split(
             max(1, self.settings.chunk_elements // (len(projections.values) * n_shifts))
         ):
-            found = log_weights(
+            yield slab, log_weights(
                 images[slab], weights[slab], projections, phases, prior,
                 None if prior is None else offset_prior[slab], None if power is None else power[slab],
             )  # fmt: skip
-            yield slab, found.values, found.log_total()
 
     def _projections(self, slices: Slices, inverse_sigma2: Tensor, weights: Tensor) -> Projections:
         """Slices made ready for matrix products, as precise as these images `(n, p)` of weights need."""
@@ -432,6 +433,7 @@ class Expectation:
             # (b, j, o)
             found = values[samples.particle[mine] - start, shift[mine], :, orientation[mine]]
             parts.append(found.transpose(1, 2))
+            del values  # gone before the next ones are made
         return torch.cat(parts)
 
     def _pair_scores(self, batch: ImageBatch, operands: tuple, phases: Tensor, samples: Samples) -> Tensor:
@@ -457,6 +459,7 @@ class Expectation:
                 self.settings.chunk_elements, half=_bears_half_precision(slices, weights),
             ).reshape(-1, o, n_shifts, j)  # fmt: skip
             values[begin:end] = scores[pair[begin:end] - start, :, shift[begin:end]]
+            del scores  # gone before the next ones are made
         return values
 
     # weighted sums
