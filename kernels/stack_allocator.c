@@ -1,9 +1,9 @@
 /* Memory in stacks: one range of virtual addresses for each lifetime of the EM algorithm (run > iteration > batch >
  * chunk; Zhang et al. 2018, section 3), all over one pool of equal physical chunks.
  *
- * Inside a scope freed blocks are used again (best fit, neighbours merge); at its end its range is empty down to the
- * mark where the scope began, so no hole outlives its scope. Blocks tile a range from its base to its top; a hole
- * belongs to the scope and the stream that freed it and serves no other.
+ * Inside a scope freed blocks are used again (neighbours merge); at its end its range is empty down to the mark where
+ * the scope began, so no hole outlives its scope. Blocks tile a range from its base to its top; a hole belongs to the
+ * scope and the stream that freed it and serves no other.
  *
  * The physical memory is a GPU's, through the driver's virtual memory calls, or the host's: everything but the
  * functions `host_*` and `cuda_*` is the same code. Python: torchem/runtime/memory.py. */
@@ -497,19 +497,20 @@ static void unchain(Range *range, Block *block) {
     free(block);
 }
 
-/* the smallest that is large enough, of one stream or of any */
-static Block *best_hole(Range *range, size_t size, uint64_t scope, void *stream, bool any) {
+/* of the holes that are large enough, of one stream or of any: for a small request the smallest, for a large one the
+ * lowest, so that large ones gather at the bottom and the top comes down */
+static Block *find_hole(Range *range, size_t size, uint64_t scope, void *stream, bool any) {
     uint64_t classes = range->filled >> class_of(size) << class_of(size);
-    for (; classes; classes &= classes - 1) {
-        Block *best = NULL;
+    bool large = size >= SMALLEST_CHUNK;
+    Block *best = NULL;
+    for (; classes && (large || !best); classes &= classes - 1)
         for (Block *hole = range->holes[__builtin_ctzll(classes)]; hole; hole = hole->next)
-            if (hole->size >= size && hole->scope == scope && (any || hole->stream == stream)) {
-                if (!best || hole->size < best->size) best = hole;
-                if (hole->size == size) break;
+            if (hole->size >= size && hole->scope == scope && (any || hole->stream == stream) &&
+                (!best || (large ? hole->start < best->start : hole->size < best->size))) {
+                best = hole;
+                if (!large && hole->size == size) return best;
             }
-        if (best) return best;
-    }
-    return NULL;
+    return best;
 }
 
 /* one hole of two neighbours, neither of them listed */
@@ -603,9 +604,9 @@ static Block *allocate(Arena *arena, size_t size, void *stream) {
     }
     size = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     size_t mapped = range->chunks * arena->chunk;
-    Block *block = best_hole(range, size, scope, stream, false);
+    Block *block = find_hole(range, size, scope, stream, false);
     /* to wait for another stream's work is better than to take more memory */
-    if (!block && top_of(range) + size > mapped && !(block = best_hole(range, size, scope, stream, true)))
+    if (!block && top_of(range) + size > mapped && !(block = find_hole(range, size, scope, stream, true)))
         lower(arena, r);
     if (block) {
         pull_hole(range, block);

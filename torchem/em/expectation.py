@@ -145,8 +145,9 @@ class Expectation:
         self.operators = operators
         self.dtype = model.references.dtype
         r_max = settings.current_size // 2
-        self.references = References(model.references, grid, r_max, settings.padding)
+        # what stays until the maps are made, below what goes with the E-step
         self.sums = Sums.zeros(model, grid.n_directions, r_max, settings.padding)
+        self.references = References(model.references, grid, r_max, settings.padding)
         self._coarse_projections: dict[str, Projections] = {}
 
     def __call__(
@@ -495,7 +496,7 @@ class Expectation:
 
         # offsets, from how much of each particle is at each class and translation
         class_of = orientation // grid.n_orientations
-        by_child = kept.sum(1, dtype=torch.float64)  # (b, j)
+        by_child = kept.sum(1).double()  # (b, j); summed in double, all of kept would be copied
         share = by_child.new_zeros((n * self.model.n_classes * n_shifts, j))
         share.index_add_(0, (rows * self.model.n_classes + class_of) * n_shifts + shift, by_child)
         share = share.view(n, -1, n_shifts, j)

@@ -7,7 +7,6 @@ in its order and with its constants; no iterative gridding.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,9 +50,18 @@ class Voxels:
     radius: Tensor
 
     @staticmethod
-    @lru_cache(maxsize=2)
     def of(r_max: int, padding: int, ndim: int, device: torch.device) -> "Voxels":
         """The voxels of one volume shape (kept: both halves and most iterations share it)."""
+        key = r_max, padding, ndim, device
+        if key not in _KEPT:
+            # those of another size go before these are made
+            for other in [other for other in _KEPT if other[0] != r_max]:
+                del _KEPT[other]
+            _KEPT[key] = Voxels._made(*key)
+        return _KEPT[key]
+
+    @staticmethod
+    def _made(r_max: int, padding: int, ndim: int, device: torch.device) -> "Voxels":
         radius2 = volume_radius2(volume_shape(r_max, padding, ndim), device).flatten()
         inside = torch.nonzero(radius2 <= (padding * r_max) ** 2)[:, 0]
         radius2, order = radius2[inside].sort(stable=True)
@@ -99,6 +107,9 @@ class Voxels:
         """Mean in place of :meth:`shell_sums`; 0 in empty shells."""
         sums, counts = self.shell_sums(values, shells, rounded, border)
         return sums / counts.clamp(min=1)
+
+
+_KEPT: dict[tuple[int, int, int, torch.device], Voxels] = {}
 
 
 @dataclass

@@ -133,7 +133,8 @@ def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -
     inside = torch.nonzero((volume_radius2(tuple(weight.shape), volume.device) <= radius**2).flatten())[:, 0]
     # on a CPU what is looked up at once should stay near its caches
     most = 2**18 if volume.device.type == "cpu" else 2**23
-    for voxels in inside.split(max(1, most // len(operators))):
+
+    def with_copies(voxels: Tensor) -> Tensor:
         x, y, z = voxels % width, voxels // width % len(weight) - half, voxels // (width * len(weight)) - half
         points = torch.stack((x, y, z), dim=-1).double() @ others.mT  # (g - 1, v, 3)
         # rounding must not leak a trace of a neighbour into a voxel that nothing reached: its quotient would be noise
@@ -154,6 +155,9 @@ def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -
             offset = corner[0] + width * (corner[1] + len(weight) * corner[2])
             found.addcmul_(values[first + offset], share[..., None])
         found[..., 1:2] *= torch.where(mirrored, -1, 1)
-        total[voxels] = values[voxels] + found.sum(0)
+        return values[voxels] + found.sum(0)
+
+    for voxels in inside.split(max(1, most // len(operators))):
+        total[voxels] = with_copies(voxels)
     total = total.reshape(*weight.shape, 3)
     return torch.view_as_complex(total[..., :2].contiguous()), total[..., 2].contiguous()
