@@ -118,6 +118,7 @@ typedef struct {
     call(cuGetErrorString, (int, const char **))                                                                       \
     call(cuDeviceGet, (int *, int))                                                                                    \
     call(cuDeviceTotalMem_v2, (size_t *, int))                                                                         \
+    call(cuDeviceGetAttribute, (int *, int, int))                                                                      \
     call(cuDevicePrimaryCtxRetain, (void **, int))                                                                     \
     call(cuCtxPushCurrent_v2, (void *))                                                                                \
     call(cuCtxPopCurrent_v2, (void **))                                                                                \
@@ -318,10 +319,15 @@ static bool cuda_open(Arena *arena) {
     if (!(*(void **)&arena->driver.name = dlsym(library, #name)))                                                      \
         return fail(arena, "%s has no %s: the driver is too old", arena->library, #name);
     DRIVER(LOAD)
-    int device;
+    int device, has_virtual_memory;
     size_t total;
     if (!CHECK(cuInit, (0)) || !CHECK(cuDeviceGet, (&device, arena->device)) ||
-        !CHECK(cuDeviceTotalMem_v2, (&total, device)) || !CHECK(cuDevicePrimaryCtxRetain, (&arena->context, device)) ||
+        !CHECK(cuDeviceGetAttribute, (&has_virtual_memory, 102, device)))
+        return false;
+    if (!has_virtual_memory)
+        return fail(arena, "this GPU, or the virtual machine that it is shared with, does not map memory to addresses; "
+                           "use memory.allocator=torch");
+    if (!CHECK(cuDeviceTotalMem_v2, (&total, device)) || !CHECK(cuDevicePrimaryCtxRetain, (&arena->context, device)) ||
         !CHECK(cuCtxPushCurrent_v2, (arena->context)))
         return false;
     if (!arena->limit || arena->limit > total) arena->limit = total;

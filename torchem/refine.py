@@ -113,8 +113,9 @@ def _command(config: DictConfig) -> None:
 
         def install(device: torch.device) -> None:
             memory.install(
-                device, wanted.allocator, limit=wanted.limit_bytes(), strict=wanted.strict, trace=wanted.trace
-            )
+                device, wanted.allocator, limit=wanted.limit_bytes(), strict=wanted.strict, trace=wanted.trace,
+                processes=distributed.launched().size,
+            )  # fmt: skip
 
         world = distributed.start(options.distributed.backend, options.device, install)
         wake(world.device)
@@ -339,15 +340,15 @@ def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None
     if world.rank == 0:
         # what draws the picture in the end takes a while to load
         threading.Thread(target=importlib.import_module, args=("torchem.report.run_figure",)).start()
-    arena, told = memory.installed(), 0
+    arena, told, traced = memory.installed(), 0, job.options.memory.trace
     try:
         for iteration in refiner:
             log.info("%s", _line(iteration, job))
             if arena is not None and (peak := arena.statistics().peak_live) > told:
-                log.info("memory: %s", arena.statistics())
+                log.log(logging.INFO if traced else logging.DEBUG, "memory: %s", arena.statistics())
                 told = peak
     finally:
-        if arena is not None and job.options.memory.trace and world.rank == 0:
+        if arena is not None and traced and world.rank == 0:
             from torchem.report.memory_figure import memory_figure
 
             memory_figure(state.folder, arena.events())

@@ -82,11 +82,11 @@ def test_size_of_memory(size: str | None, n_bytes: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (MemoryOptions(allocator="heap"), "memory.allocator=heap: must be one of torch, stack"),
+        (MemoryOptions(allocator="heap"), "memory.allocator=heap: must be one of auto, stack, torch"),
         (MemoryOptions(limit="8 apples"), "memory.limit=8 apples: must be a size"),
         (MemoryOptions(limit="8"), "memory.limit=8: must be a size of at least 64MiB"),
-        (MemoryOptions(strict=True), "memory.strict=true: needs memory.allocator=stack"),
-        (MemoryOptions(trace=True), "memory.trace=true: needs memory.allocator=stack"),
+        (MemoryOptions("torch", strict=True), "memory.strict=true: needs memory.allocator=stack"),
+        (MemoryOptions("torch", trace=True), "memory.trace=true: needs memory.allocator=stack"),
     ],
 )
 def test_memory_that_cannot_be(options: MemoryOptions, message: str) -> None:

@@ -42,6 +42,11 @@ int cuDeviceTotalMem_v2(size_t *size, int device) {
     return device;
 }
 
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute == 102 && !getenv("FAKE_CUDA_HAS_NO_VIRTUAL_MEMORY");
+    return device;
+}
+
 int cuDevicePrimaryCtxRetain(void **context, int device) {
     *context = events;
     return device;

@@ -289,7 +289,7 @@ def test_what_other_streams_freed_goes_back_when_memory_or_an_iteration_ends(dri
     assert arena.allocate(24 * MIB) == ahead
 
 
-def test_wrong_requests(driver: str) -> None:
+def test_wrong_requests(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = Arena(8 * MIB, chunk=2 * MIB, driver=driver, device=0)
     assert arena.allocate(0) == 0
     with pytest.raises(MemoryError, match="asked for on device 1; this is device 0"):
@@ -298,6 +298,10 @@ def test_wrong_requests(driver: str) -> None:
         arena.allocate(2**62)
     with pytest.raises(ValueError, match="no live block"):
         arena.record_stream(512, 3)
+    with monkeypatch.context() as changed:
+        changed.setenv("FAKE_CUDA_HAS_NO_VIRTUAL_MEMORY", "1")
+        with pytest.raises(MemoryError, match="does not map memory to addresses"):
+            Arena(8 * MIB, driver=driver).allocate(1)
     with pytest.raises(MemoryError, match="cannot load CUDA's driver"):
         Arena(8 * MIB, driver="/nowhere/libcuda.so.1").allocate(1)
     with pytest.raises(ValueError, match="multiple of 2 MiB"):
@@ -436,6 +440,22 @@ print("done")
 """
 
 
+AUTO = """
+import torch
+from torchem.runtime import memory
+memory.install(torch.device("cpu"), "auto")
+assert memory.installed() is None
+memory.install(torch.device("cpu"), "auto", trace=True)
+assert memory.installed() is not None
+print("done")
+"""
+
+
+def test_on_a_cpu_only_where_asked_for() -> None:
+    done = python(AUTO)
+    assert done.stdout == "done\n", done.stderr
+
+
 def test_torch_on_the_stack() -> None:
     done = python(INSTALLED)
     assert done.stdout == "done\n", done.stderr
@@ -477,7 +497,7 @@ if arena := memory.installed():
     for name in LIFETIMES:
         assert now.ranges[name].peak_top <= plan.needs[name], (name, now, plan)
     assert now.peak_mapped <= 1.1 * now.peak_live + 4 * (2 << 20), now
-    assert now.holes_at_peak <= 0.15 * now.peak_top, now
+    assert now.holes_at_peak <= 0.1 * now.peak_top, now
     # constants stay
     assert now.ranges["run"].live < 1 << 20, arena.plan()
 print("done")

@@ -55,6 +55,22 @@ assert memory.installed().statistics().survivors == 0
 """)
 
 
+def test_of_itself_for_one_process() -> None:
+    python("""
+memory.install(here, "auto", processes=2)
+assert memory.installed() is None
+memory.install(here, "auto")
+torch.ones(1000, device=here)
+assert memory.installed().statistics().live >= 4096
+memory.install(here, "auto")
+""")
+    python("""
+torch.ones(1, device=here)
+memory.install(here, "auto")
+assert memory.installed() is None
+""")
+
+
 def test_too_late() -> None:
     python("""
 torch.ones(1, device=here)

@@ -81,7 +81,8 @@ class DistributedOptions:
 class MemoryOptions:
     """Where tensors' memory comes from, and how much of it there is; for the commands."""
 
-    allocator: str = "torch"  # torch: PyTorch's own; stack: one range a lifetime, empty at its end
+    # stack: one range a lifetime, empty at its end; torch: PyTorch's own; auto: stack for one process on a GPU
+    allocator: str = "auto"
     limit: str | None = None  # of all tensors of a process, such as 8GiB; all that the device has if not given
     strict: bool = False  # stack: raise for what outlives its scope, and say where it was made
     trace: bool = False  # stack: write every event to memory.csv, and memory.png
@@ -94,10 +95,10 @@ class MemoryOptions:
         InputError
             Option, value, remedy.
         """
-        if self.allocator not in ("torch", "stack"):
-            raise InputError(f"memory.allocator={self.allocator}: must be one of torch, stack")
+        if self.allocator not in ("auto", "stack", "torch"):
+            raise InputError(f"memory.allocator={self.allocator}: must be one of auto, stack, torch")
         for option in ("strict", "trace"):
-            if getattr(self, option) and self.allocator != "stack":
+            if getattr(self, option) and self.allocator == "torch":
                 raise InputError(f"memory.{option}=true: needs memory.allocator=stack")
         self.limit_bytes()
 

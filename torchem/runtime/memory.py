@@ -318,8 +318,9 @@ class Arena:
 
 
 def install(
-    device: torch.device, allocator: str, *, limit: int = 0, strict: bool = False, trace: bool = False
-) -> None:
+    device: torch.device, allocator: str, *, limit: int = 0, strict: bool = False, trace: bool = False,
+    processes: int = 1,
+) -> None:  # fmt: skip
     """Choose what gives this process its tensors' memory, on the one device that it uses; for commands only.
 
     Parameters
@@ -327,11 +328,14 @@ def install(
     device
         a GPU, on which CUDA has not started and starts with the first tensor; or the CPU.
     allocator
-        ``stack``: an :class:`Arena`, for the rest of this process; ``torch``: PyTorch's own.
+        ``stack``: an :class:`Arena`, for the rest of this process; ``torch``: PyTorch's own; ``auto``: the stack for
+        one process on a GPU of NVIDIA's under Linux, and where `strict` or `trace` ask for it.
     limit
         bytes that tensors may take; 0: all that there are. On a CPU it binds the stack only.
     strict, trace
         of the arena: raise for survivors, record every event.
+    processes
+        that share the work.
 
     Raises
     ------
@@ -339,6 +343,8 @@ def install(
         It is too late; the allocator cannot be had here; or another one is installed.
     """
     global _installed
+    if allocator == "auto":
+        allocator = "stack" if strict or trace or _suits(device, processes) else "torch"
     if _installed is not None:
         if allocator != "stack" or (limit and limit != _installed.limit) or device.type != _installed.kind:
             raise InputError(
@@ -357,8 +363,18 @@ def install(
     _installed.trace(trace)
 
 
+def _suits(device: torch.device, processes: int) -> bool:
+    """Whether the stack is what is measured best here: several GPUs have not been."""
+    if device.type != "cuda" or torch.version.cuda is None or sys.platform != "linux" or processes > 1:
+        return False
+    if _installed is None and torch.cuda.is_initialized():
+        log.info("CUDA has started with PyTorch's allocator, and keeps it")
+        return False
+    return True
+
+
 def _on_gpu(device: torch.device, limit: int, strict: bool) -> Arena:
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None:
         raise InputError("memory.allocator=stack: this PyTorch is built without CUDA; use device=cpu")
     if torch.cuda.is_initialized():
         raise InputError(
@@ -508,7 +524,8 @@ def compiled(name: str) -> Path:
         return library
     if compiler is None:
         raise InputError(
-            f"memory.allocator=stack needs a C compiler, and there is no {' or '.join(names)}: install gcc, or set CC"
+            f"memory.allocator=stack needs a C compiler, and there is no {' or '.join(names)}: install gcc, set CC, or "
+            "give memory.allocator=torch"
         )
     # another process may compile it, too: each writes its own file, and the last to be renamed stays
     try:
@@ -520,9 +537,15 @@ def compiled(name: str) -> Path:
             subprocess.run(command, cwd=own, check=True, capture_output=True)
             os.replace(Path(own, library.name), library)
     except subprocess.CalledProcessError as error:
-        raise InputError(f"{compiler} cannot compile the stack allocator:\n{error.stderr.decode()}") from error
+        raise InputError(
+            f"{compiler} cannot compile the stack allocator (memory.allocator=torch does without it):\n"
+            f"{error.stderr.decode()}"
+        ) from error
     except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written") from error
+        raise InputError(
+            f"{folder}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written, or give "
+            "memory.allocator=torch"
+        ) from error
     return library
 
 
