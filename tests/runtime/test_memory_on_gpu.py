@@ -60,7 +60,7 @@ def test_of_itself_for_one_process() -> None:
 memory.install(here, "auto", processes=2)
 assert memory.installed() is None
 memory.install(here, "auto")
-torch.ones(1000, device=here)
+kept = torch.ones(1000, device=here)
 assert memory.installed().statistics().live >= 4096
 memory.install(here, "auto")
 """)

@@ -415,27 +415,29 @@ class Expectation:
         self, batch: ImageBatch, inverse_sigma2: Tensor, operands: tuple, phases: Tensor, samples: Samples
     ) -> Tensor:
         """Scores `(b, o, j)` of the significant samples' children, taken from those of all fine samples."""
-        grid = self.grid
+        grid, o, j = self.grid, self.grid.orientation_children, self.grid.translation_children
         images, weights, power = operands
+        orientation, shift = samples.column // grid.n_translations, samples.column % grid.n_translations
+        # below all that goes before it does
+        values = torch.empty((len(shift), o, j), dtype=self.dtype, device=images.device)
         projections = self._projections(self._every_fine_slice(batch), inverse_sigma2, weights)
         nothing = None if power is not None else torch.zeros(len(projections.values), device=images.device)
-        orientation, shift = samples.column // grid.n_translations, samples.column % grid.n_translations
-        parts = []
-        for particles in torch.arange(len(batch), device=images.device).split(self._dense_slab(batch)):
-            start, stop = int(particles[0]), int(particles[-1]) + 1
-            here = slice(start, stop)
+        slab = self._dense_slab(batch)
+        starts = range(0, len(batch), slab)
+        ends = torch.searchsorted(samples.particle, torch.tensor([*starts, len(batch)], device=shift.device)).tolist()
+        for start, (begin, end) in zip(starts, pairwise(ends), strict=True):
+            here = slice(start, start + slab)
             # priors come with the samples
-            values = log_weights(
+            scores = log_weights(
                 images[here], weights[here], projections, phases, nothing,
-                None if nothing is None else nothing.new_zeros((stop - start, self.model.n_classes, len(phases))),
+                None if nothing is None else nothing.new_zeros((len(images[here]), self.model.n_classes, len(phases))),
                 None if power is None else power[here],
-            ).values.unflatten(2, (-1, grid.orientation_children)).unflatten(1, (-1, grid.translation_children))
-            mine = (samples.particle >= start) & (samples.particle < stop)
+            ).values.unflatten(2, (-1, o)).unflatten(1, (-1, j))  # fmt: skip
+            particle = samples.particle[begin:end] - start
             # (b, j, o)
-            found = values[samples.particle[mine] - start, shift[mine], :, orientation[mine]]
-            parts.append(found.transpose(1, 2))
-            del values  # gone before the next ones are made
-        return torch.cat(parts)
+            values[begin:end] = scores[particle, shift[begin:end], :, orientation[begin:end]].transpose(1, 2)
+            del scores  # gone before the next ones are made
+        return values
 
     def _pair_scores(self, batch: ImageBatch, operands: tuple, phases: Tensor, samples: Samples) -> Tensor:
         """Scores `(b, o, j)`: each particle with its significant orientations' children, at all shifts at once."""
