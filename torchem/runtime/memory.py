@@ -515,8 +515,9 @@ def compiled(name: str) -> Path:
     sources = {path.name: path.read_bytes() for path in folder_.iterdir() if path.name.endswith(".c")}
     names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
     compiler = next(filter(None, map(shutil.which, names)), None)
-    # one file may include another
-    parts = [name.encode(), platform.machine().encode(), *(flag.encode() for flag in _FLAGS)]
+    # one file may include another; one home folder may serve machines with different C libraries
+    libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else None
+    parts = [part.encode() for part in (name, platform.machine(), str(libc), *_FLAGS)]
     key = hashlib.sha256(b"\0".join([*parts, *(sources[file] for file in sorted(sources))])).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torchem"
     library = folder / f"{name}-{key}.so"
