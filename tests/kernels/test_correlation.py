@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchem.ops import correlation
 from torchem.ops.correlation import (
     Shifts,
     Tables,
@@ -18,7 +19,7 @@ from torchem.ops.correlation import (
     peaks_by_kernel,
     prepare_references,
 )
-from torchem.ops.polar import Rings, polar_samples, ring_spectra
+from torchem.ops.polar import Rings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # box, rings, images, references, mirror: one ring length and several, odd and even boxes, partial tiles
@@ -57,14 +58,15 @@ def test_best_angles(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
     rings, table = Rings(box, first, last), SHIFTS.table().to(DEVICE)
     centres = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, -1.0]], dtype=torch.float64, device=DEVICE)[:n]
     exact = correlation_table(images, centres[:, None] + table, prepare_references(references, rings, mirror))
-    expected = exact.amax(-1).permute(1, 3, 2, 0)
+    exact = exact.permute(0, 3, 2, 1, 4).flatten(1, 2)  # (n, k·sides, t, a)
+    expected = exact.amax((2, 3))
 
     ready = prepare_references(references.float(), rings, mirror)
-    values, angles = best_by_kernels(images.float(), centres, ready, table, *half_references(ready))
+    values, shifts, angles = best_by_kernels(images.float(), centres, ready, SHIFTS)
     assert values.shape == expected.shape
     assert float((values - expected).abs().max()) < 5e-4
-    at_angle = exact.permute(1, 3, 2, 0, 4).gather(-1, angles.long()[..., None])[..., 0]
-    assert float((at_angle - expected).abs().max()) < 5e-4
+    there = exact.flatten(2).gather(2, (shifts * rings.n_angles + angles)[..., None])[..., 0]
+    assert float((there - expected).abs().max()) < 5e-4
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -96,20 +98,38 @@ def test_candidates_that_are_not_wanted() -> None:
     assert (some[which == 0] == -math.inf).all()
 
 
-def test_rows_of_the_spectra() -> None:
-    """Every ring has a row of its own for each of its frequencies."""
+def test_frequencies_that_references_have() -> None:
+    """Smooth references need few frequencies, noisy ones all; rows of the spectra are every ring's own."""
+    references, _ = problem(90, 1, 3)
     rings = Rings(90, 1, 36)
-    tables = Tables.of(rings, torch.device("cpu"))
-    used = [
-        int(row) + ring
-        for rows in tables.rows.flatten(0, 1)
-        for row, count in zip(rows, tables.ring_counts, strict=True)
-        for ring in range(int(count))
-    ]
-    assert sorted(used) == list(range(tables.n_rows))
-    assert tables.n_rows == sum(rings.lengths)
-    samples = polar_samples(torch.randn(1, 90, 90), rings, torch.zeros(1, 2)).T
-    assert ring_spectra(samples, rings).shape == (2, 2, 64, 36, 1)
+    smooth = torch.nn.functional.avg_pool2d(references, 9, 1, 4)
+    noisy = references + torch.randn((3, 90, 90), device=DEVICE)
+    for images, expected in ((smooth, 64), (noisy, 128)):
+        assert half_references(prepare_references(images.float(), rings)).n_frequencies == expected
+    for m in (64, 128):
+        tables = Tables.of(rings, m, torch.device("cpu"))
+        used = [
+            int(row) + ring + part * int(count)
+            for row, count in zip(tables.first_row, tables.ring_counts, strict=True)
+            for ring in range(int(count))
+            for part in (0, 1)
+        ]
+        assert sorted(used) == list(range(tables.n_rows))
+        assert tables.n_rows == sum(min(n, 2 * m) for n in rings.lengths)
+
+
+def test_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is held at once, the same is found."""
+    references, images = problem(20, 70, 3)
+    ready = prepare_references(references.float(), Rings(20, 1, 7))
+    centres = torch.zeros((70, 2), dtype=torch.float64, device=DEVICE)
+    expected = best_by_kernels(images.float(), centres, ready, SHIFTS)
+    monkeypatch.setattr(correlation, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(correlation, "REFERENCES_AT_ONCE", 2)
+    monkeypatch.setattr(correlation, "SPECTRA_SHIFTS", 2)
+    monkeypatch.setattr(correlation, "ANGLE_PAIRS", 3)
+    for found, value in zip(best_by_kernels(images.float(), centres, ready, SHIFTS), expected, strict=True):
+        assert torch.equal(found, value)
 
 
 def test_scores_of_the_matrix_products() -> None:
