@@ -26,13 +26,13 @@ from torchem.ops.polar import SHORTEST, Rings, polar_samples, quarter_waves, res
 # images of one block of the matrix products on a CPU, and of a peak's refinement
 BLOCK = 96
 # the kernels: bytes of spectra and sums held at once, and sums of how many references at most
-CHUNK_BYTES, REFERENCES_AT_ONCE = 2**29, 64
+CHUNK_BYTES, REFERENCES_AT_ONCE = 3 * 2**27, 64
 # how they are launched: images side by side, samples of a step, shifts and warps of the spectra; rows, columns, warps
 # and rings of a step of the sums; columns, pairs and warps of the angles; warps of the peaks
-IMAGES, SPECTRA_DEPTH, SPECTRA_SHIFTS, SPECTRA_WARPS, SPECTRA_STAGES = 64, 64, 7, 4, 1
-SUM_ROWS, SUM_COLUMNS, SUM_WARPS, SUM_STAGES, RINGS_DEPTH = 64, 128, 4, 3, 16
-ANGLE_COLUMNS, ANGLE_PAIRS, ANGLE_WARPS, ANGLE_STAGES = 64, 8, 4, 3
-PEAK_WARPS = 4
+IMAGES, SPECTRA_DEPTH, SPECTRA_WARPS = 64, 64, 4
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS, SUM_STAGES, RINGS_DEPTH = 64, 128, 4, 5, 16
+ANGLE_COLUMNS, ANGLE_PAIRS, ANGLE_WARPS, ANGLE_STAGES = 64, 20, 8, 3
+PEAK_WARPS = 2
 # sums over rings are stored times this, so that half precision keeps their digits
 UNIT = 2.0**12
 # half precision may err by MARGIN; so many (reference, mirror) within it of an image's best are compared in float32.
@@ -132,12 +132,11 @@ def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) ->
     power = weights @ samples.square()
     # an empty reference stays empty, and correlates with nothing
     samples = samples * torch.where(power > 0, power, torch.ones_like(power)).rsqrt()
-    ring_weight = (rings.weights() / torch.tensor(rings.lengths)).to(samples)
-    turns = torch.arange(2 * rings.n_angles, dtype=torch.float64, device=samples.device) * (math.pi / rings.n_angles)
-    profiles = samples.new_zeros((k, len(rings.radii), len(turns)))
+    ring_weight = _ring_weights(rings, samples.dtype, samples.device)
+    profiles = samples.new_zeros((k, len(rings.radii), 2 * rings.n_angles))
     transform = ring_spectra(samples, rings)
     spectra = []
-    for band in rings.bands:
+    for band, waves in zip(rings.bands, _half_steps(rings, samples.dtype, samples.device), strict=True):
         q = transform[:, :, band.low // 2 : band.high // 2, : band.n_rings] * (2 * ring_weight[: band.n_rings, None])
         if band.low == 0:
             q[:, 0, 0] /= 2
@@ -146,10 +145,8 @@ def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) ->
         of_real = [real, real, -imaginary, imaginary][:: 1 if mirror else 2]
         of_imaginary = [imaginary, -imaginary, real, real][:: 1 if mirror else 2]
         spectra.append(torch.stack([torch.cat(of_real, 2), torch.cat(of_imaginary, 2)]))
-        m = torch.arange(band.low, band.high, dtype=torch.float64, device=samples.device).reshape(-1, 2).T
-        angle = m[..., None] * turns
-        for wave, part in ((angle.cos(), real), (angle.sin().neg(), imaginary)):
-            profiles[:, : band.n_rings] += torch.einsum("pmkr,pma->kra", part, wave.to(samples))
+        for wave, part in zip(waves, (real, imaginary), strict=True):
+            profiles[:, : band.n_rings] += torch.einsum("pmkr,pma->kra", part, wave)
     ready = References(rings, k, mirror, spectra, profiles)
     by_kernels = references.is_cuda and references.dtype == torch.float32
     return replace(ready, half=half_references(ready)) if by_kernels else ready
@@ -325,6 +322,20 @@ def _weights(rings: Rings, dtype: torch.dtype, device: torch.device) -> Tensor:
     return rings.weights()[rings.points()[0]].to(device, dtype)
 
 
+@functools.lru_cache(maxsize=16)
+def _ring_weights(rings: Rings, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`(rings,)`: the share of a sample over the samples of its ring."""
+    return (rings.weights() / torch.tensor(rings.lengths)).to(device, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _half_steps(rings: Rings, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """For each band cosines and minus sines `(2, 2, m // 2, 2·a)` at multiples of half the step between angles."""
+    turns = torch.arange(2 * rings.n_angles, dtype=torch.float64) * (math.pi / rings.n_angles)
+    angles = [torch.arange(b.low, b.high).reshape(-1, 2).T[..., None] * turns for b in rings.bands]
+    return [torch.stack([angle.cos(), -angle.sin()]).to(device, dtype) for angle in angles]
+
+
 def _products(spectra: Tensor, references: References) -> Tensor:
     """Sums over rings of all images with all references: `(2, a/4, 2, sides, k, b)`, real and imaginary parts."""
     b, sides, k = spectra.shape[-1], references.sides, references.count
@@ -443,11 +454,11 @@ def half_references(references: References) -> HalfReferences:
     for a share f of the reference's energy, and N pixels within the last ring, it is √(f/N) rms. Waits for the device.
     """
     rings, sides, k = references.rings, references.sides, references.count
-    weights = rings.weights() / torch.tensor(rings.lengths)
+    weights = _ring_weights(rings, references.profiles.dtype, references.profiles.device)
     energy = []
     for band, values in zip(rings.bands, references.spectra, strict=True):
         straight = values.unflatten(3, (2, sides, k))[0, :, :, :, 0]  # (2, m, 2, k, rings)
-        shares = straight.square() / (2 * weights[: band.n_rings].to(straight))
+        shares = straight.square() / (2 * weights[: band.n_rings])
         energy.append(shares.sum((2, 4)).transpose(0, 1).flatten(0, 1))
     beyond = torch.cat(energy).flip(0).cumsum(0).flip(0).amax(1).tolist()
     allowed = FREQUENCY_ERROR**2 * math.pi * rings.last**2
@@ -531,12 +542,13 @@ def align_by_kernels(images: Tensor, centres: Tensor, references: References, sh
     """
     rings, table = references.rings, _shift_table(shifts, images.device)
     centres = centres.double()
-    value, shift, angle = best_by_kernels(images, centres, references, shifts)
+    best = best_by_kernels(images, centres, references, shifts)
     # the best few references and sides
-    best, which = value.topk(min(CANDIDATES, value.shape[1]))
-    wanted = best >= best[:, :1] - MARGIN
-    nearest = angle.gather(1, which)
-    around = centres[:, None] + table[shift.gather(1, which)]
+    best, which = best.topk(min(CANDIDATES, len(best)), dim=0)
+    value, shift, nearest = unpacked(best.T)
+    which = which.T
+    wanted = value >= value[:, :1] - MARGIN
+    around = centres[:, None] + table[shift]
     reference, mirror = which // references.sides, which % references.sides == 1
     values = peaks_by_kernel(images, around, references, reference, mirror, nearest, wanted)
     taken = values[:, :, 1, 4].argmax(1, keepdim=True)
@@ -559,15 +571,8 @@ def _shift_table(shifts: Shifts, device: torch.device) -> Tensor:
     return shifts.table().to(device)
 
 
-def best_by_kernels(
-    images: Tensor, centres: Tensor, references: References, shifts: Shifts
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Highest correlation coefficients in half precision, and the numbers of their shifts and angles.
-
-    Returns
-    -------
-    `(n, k·sides)` float32, int64, int64; references' sides together.
-    """
+def best_by_kernels(images: Tensor, centres: Tensor, references: References, shifts: Shifts) -> Tensor:
+    """Highest correlation coefficients in half precision, and where: `(k·sides, n)` int64, see :func:`unpacked`."""
     from torchem.kernels import correlation as kernels
     from torchem.kernels import polar as polar_kernels
 
@@ -613,11 +618,11 @@ def best_by_kernels(
                 SPECTRA_DEPTH if length <= 256 else SPECTRA_DEPTH // 2,
                 SPECTRA_WARPS if length <= 256 else 8,
             )
-            polar_kernels.polar_spectra[(width // together, -(-len(few) // SPECTRA_SHIFTS), count)](
+            polar_kernels.polar_spectra[(width // together, len(few), count)](
                 columns, few, tables.radii, tables.circles[length // 4], tables.waves[length // 4],
-                tables.first_row, tables.ring_counts, spectra, moments, ring, len(few), len(rings.radii), width,
+                tables.first_row, tables.ring_counts, spectra, moments, ring, len(rings.radii), width,
                 n_total, box, QUARTER=length // 4, FREQUENCIES=frequencies, DEPTH=min(depth_, length // 4),
-                IMAGES=together, SHIFTS=SPECTRA_SHIFTS, num_warps=warps, num_stages=SPECTRA_STAGES,
+                IMAGES=together, num_warps=warps, num_stages=1,
             )  # fmt: skip
         average, squares = torch.matmul(tables.shares, moments)
         spread = squares - average.square()
@@ -627,8 +632,9 @@ def best_by_kernels(
             products = torch.empty((half.n_frequencies, 2 * here, n_total), dtype=torch.float16, device=device)
             rows = min(SUM_ROWS, max(16, 1 << (2 * here - 1).bit_length()))
             kernels.ring_sums[(-(-2 * here // rows), -(-n_total // SUM_COLUMNS), half.n_frequencies)](
-                half.operand[:, 2 * pair :], spectra, tables.first_row, tables.ring_counts, products, 2 * here, all_rows,
-                n_total, WIDTH=depth, ROWS=rows, COLUMNS=SUM_COLUMNS, DEPTH=RINGS_DEPTH, num_warps=SUM_WARPS, num_stages=SUM_STAGES,
+                half.operand[:, 2 * pair :], spectra, tables.first_row, tables.ring_counts, products, 2 * here,
+                all_rows, n_total, WIDTH=depth, ROWS=rows, COLUMNS=SUM_COLUMNS, DEPTH=RINGS_DEPTH,
+                num_warps=SUM_WARPS, num_stages=SUM_STAGES,
             )  # fmt: skip
             kernels.highest_angles[(n_total // ANGLE_COLUMNS, -(-here // ANGLE_PAIRS))](
                 products, tables.back_waves, factor, best[pair:, start:], here, first, width, best.shape[1], n_total,
@@ -636,10 +642,13 @@ def best_by_kernels(
                 SIDES=sides, PAIRS=ANGLE_PAIRS, ANGLE_BITS=rings.n_angles.bit_length() - 1, num_warps=ANGLE_WARPS,
                 num_stages=max(1, min(ANGLE_STAGES, 192 // half.n_frequencies)),
             )  # fmt: skip
-    best = best[:, :n].T.contiguous()
+    return best[:, :n]
+
+
+def unpacked(best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 value and the numbers of shift and angle, packed into integers that sort as the values do."""
     bits = (best >> 32).int()
-    value = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return value, best >> 16 & 0xFFFF, best & 0xFFFF
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), best >> 16 & 0xFFFF, best & 0xFFFF
 
 
 def peaks_by_kernel(
