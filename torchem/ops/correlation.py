@@ -469,9 +469,8 @@ def half_references(references: References) -> HalfReferences:
     operand = references.spectra[0].new_zeros((count, k, 2, sides, width), dtype=torch.float16)
     for band, values in zip(rings.bands, references.spectra, strict=True):
         if band.low < count:
-            own = (values.unflatten(3, (2, sides, k)) * UNIT).permute(
-                2, 1, 5, 3, 4, 0, 6
-            )  # (m, 2, k, 2, sides, 2, rings)
+            # (m, 2, k, 2, sides, 2, rings)
+            own = (values.unflatten(3, (2, sides, k)) * UNIT).permute(2, 1, 5, 3, 4, 0, 6)
             operand[band.low : band.high, ..., : 2 * band.n_rings] = own.flatten(5).flatten(0, 1)[: count - band.low]
     return HalfReferences(operand.flatten(1, 3), count)
 
@@ -612,16 +611,12 @@ def best_by_kernels(images: Tensor, centres: Tensor, references: References, shi
         moments = torch.empty((2, len(rings.radii), n_total), dtype=torch.float32, device=device)
         for length, ring, count in rings.groups:
             frequencies = min(length, 2 * half.n_frequencies) // 4
-            # long rings have many sums, and leave registers for fewer images
-            together = IMAGES if frequencies <= 64 else IMAGES // 2
-            depth_, warps = (
-                SPECTRA_DEPTH if length <= 256 else SPECTRA_DEPTH // 2,
-                SPECTRA_WARPS if length <= 256 else 8,
-            )
+            # many frequencies leave registers for fewer images
+            together, warps = (IMAGES, SPECTRA_WARPS) if frequencies <= 64 else (IMAGES // 2, 2 * SPECTRA_WARPS)
             polar_kernels.polar_spectra[(width // together, len(few), count)](
                 columns, few, tables.radii, tables.circles[length // 4], tables.waves[length // 4],
                 tables.first_row, tables.ring_counts, spectra, moments, ring, len(rings.radii), width,
-                n_total, box, QUARTER=length // 4, FREQUENCIES=frequencies, DEPTH=min(depth_, length // 4),
+                n_total, box, QUARTER=length // 4, FREQUENCIES=frequencies, DEPTH=min(SPECTRA_DEPTH, length // 4),
                 IMAGES=together, num_warps=warps, num_stages=1,
             )  # fmt: skip
         average, squares = torch.matmul(tables.shares, moments)
