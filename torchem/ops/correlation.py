@@ -27,12 +27,12 @@ from torchem.ops.polar import SHORTEST, Rings, polar_samples, quarter_waves, res
 BLOCK = 96
 # the kernels: bytes of spectra and sums held at once, and sums of how many references at most
 CHUNK_BYTES, REFERENCES_AT_ONCE = 3 * 2**27, 64
-# how they are launched: images side by side, samples of a step, shifts and warps of the spectra; rows, columns, warps
-# and rings of a step of the sums; columns, pairs and warps of the angles; warps of the peaks
-IMAGES, SPECTRA_DEPTH, SPECTRA_WARPS = 64, 64, 4
+# how they are launched: images side by side, samples of a step and warps of the spectra; rows, columns, warps, stages
+# and rings of a step of the sums; columns, pairs, warps and stages of the angles; samples of a step and warps of peaks
+IMAGES, SPECTRA_DEPTH, SPECTRA_WARPS = 64, 32, 2
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS, SUM_STAGES, RINGS_DEPTH = 64, 128, 4, 5, 16
 ANGLE_COLUMNS, ANGLE_PAIRS, ANGLE_WARPS, ANGLE_STAGES = 64, 20, 8, 3
-PEAK_WARPS = 2
+PEAK_SAMPLES, PEAK_WARPS = 128, 4
 # sums over rings are stored times this, so that half precision keeps their digits
 UNIT = 2.0**12
 # half precision may err by MARGIN; so many (reference, mirror) within it of an image's best are compared in float32.
@@ -145,8 +145,7 @@ def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) ->
         of_real = [real, real, -imaginary, imaginary][:: 1 if mirror else 2]
         of_imaginary = [imaginary, -imaginary, real, real][:: 1 if mirror else 2]
         spectra.append(torch.stack([torch.cat(of_real, 2), torch.cat(of_imaginary, 2)]))
-        for wave, part in zip(waves, (real, imaginary), strict=True):
-            profiles[:, : band.n_rings] += torch.einsum("pmkr,pma->kra", part, wave)
+        profiles[:, : band.n_rings] += torch.einsum("cpmkr,cpma->kra", q.mT, waves)
     ready = References(rings, k, mirror, spectra, profiles)
     by_kernels = references.is_cuda and references.dtype == torch.float32
     return replace(ready, half=half_references(ready)) if by_kernels else ready
@@ -260,43 +259,42 @@ def quadratic_peak(values: Tensor, free: tuple[bool, bool, bool]) -> tuple[Tenso
     -------
     `(n, 3)` float64 place in steps from the middle, at most 1 along each axis, and `(n,)` float64 height.
     """
-    axes = [axis for axis in range(3) if free[axis]]
-    # constant, gradient, upper triangle of half the Hessian
-    coefficients = values.double().flatten(1) @ _quadratic(tuple(axes), values.device).T
-    n, d = len(values), len(axes)
-    gradient, half = coefficients.new_zeros((n, 3)), coefficients.new_zeros((n, 3, 3))
-    for axis, value in zip(axes, coefficients[:, 1 : 1 + d].unbind(1), strict=True):
-        gradient[:, axis] = value
-    pairs = itertools.combinations_with_replacement(axes, 2)
-    for (row, column), value in zip(pairs, coefficients[:, 1 + d :].unbind(1), strict=True):
-        half[:, row, column] = value
-    hessian = half + half.mT
-    for axis in set(range(3)) - set(axes):
-        hessian[:, axis, axis] = -1
+    matrix, bias = _quadratic(free, values.device)
+    coefficients = torch.addmm(bias, values.double().flatten(1), matrix)
+    constant, gradient, hessian = coefficients[:, 0], coefficients[:, 1:4], coefficients[:, 4:].unflatten(1, (3, 3))
     # a maximum if minus the Hessian has positive minors; without one, along each axis by itself if it has one there
-    x, y, z = hessian.unbind(1)
-    determinant = (x * torch.linalg.cross(y, z)).sum(1)
-    peaked = (x[:, 0] < 0) & (x[:, 0] * y[:, 1] > x[:, 1].square()) & (determinant < 0)
+    adjugate = torch.linalg.cross(hessian.roll(-1, 1), hessian.roll(-2, 1))
+    determinant = (hessian[:, 0] * adjugate[:, 0]).sum(1, keepdim=True)
+    peaked = (hessian[:, :1, 0] < 0) & (adjugate[:, 2:, 2] > 0) & (determinant < 0)
     diagonal = hessian.diagonal(dim1=1, dim2=2).clamp(max=-torch.finfo(torch.float64).tiny)
-    adjugate = torch.stack([torch.linalg.cross(y, z), torch.linalg.cross(z, x), torch.linalg.cross(x, y)], 1)
-    newton = (adjugate * gradient[:, None]).sum(2) / determinant[:, None]
-    step = -torch.where(peaked[:, None], newton, gradient / diagonal).clamp(-1, 1)
-    hessian = torch.where(peaked[:, None, None], hessian, torch.diag_embed(diagonal))
-    rise = (gradient * step).sum(1) + 0.5 * (step[:, None] @ hessian @ step[..., None]).flatten()
-    return step, coefficients[:, 0] + rise
+    newton = (adjugate * gradient[:, None]).sum(2) / determinant
+    step = -torch.where(peaked, newton, gradient / diagonal).clamp(-1, 1)
+    curved = torch.where(peaked, (hessian * step[:, None]).sum(2), diagonal * step)
+    return step, constant + ((gradient + 0.5 * curved) * step).sum(1)
 
 
 @functools.lru_cache
-def _quadratic(axes: tuple[int, ...], device: torch.device) -> Tensor:
-    """What takes 3 × 3 × 3 values to the coefficients of the quadratic along some axes, through the middle."""
+def _quadratic(free: tuple[bool, bool, bool], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What takes 3 × 3 × 3 values to constant, gradient and Hessian of the quadratic along the free axes.
+
+    `(27, 13)`, and `(13,)` to be added: along the others it falls by itself.
+    """
+    axes = [axis for axis in range(3) if free[axis]]
     places = torch.cartesian_prod(*[torch.arange(-1.0, 2.0, dtype=torch.float64)] * 3)
-    pairs = itertools.combinations_with_replacement(axes, 2)
+    pairs = list(itertools.combinations_with_replacement(axes, 2))
     columns = [torch.ones(27, dtype=torch.float64), *(places[:, i] for i in axes)]
     terms = torch.stack(columns + [places[:, i] * places[:, j] for i, j in pairs], 1)
     taken = [not any(place[axis] for axis in range(3) if axis not in axes) for place in places]
     inverse = torch.zeros(terms.shape[1], 27, dtype=torch.float64)
     inverse[:, taken] = torch.linalg.pinv(terms[taken])
-    return inverse.to(device)
+    matrix, bias = torch.zeros(27, 13, dtype=torch.float64), torch.zeros(13, dtype=torch.float64)
+    matrix[:, [0, *(1 + axis for axis in axes)]] = inverse[: 1 + len(axes)].T
+    for (row, column), values in zip(pairs, inverse[1 + len(axes) :], strict=True):
+        matrix[:, 4 + 3 * row + column] += values
+        matrix[:, 4 + 3 * column + row] += values
+    for axis in set(range(3)) - set(axes):
+        bias[4 + 4 * axis] = -1
+    return matrix.to(device), bias.to(device)
 
 
 def _columns(images: Tensor, centres: Tensor) -> Tensor:
@@ -490,7 +488,8 @@ class Tables:
     first_row, ring_counts
         `(m,)` int32: the first row of each frequency in the spectra, and its number of rings.
     samples
-        x, y, ring, angle in halves of the step, and share of the disc, of all samples ring by ring.
+        x, y, ring, angle in halves of the step, and share of the disc, of all samples ring by ring; then some of no
+        share, to make up whole PEAK_SAMPLES.
     """
 
     radii: Tensor
@@ -526,10 +525,9 @@ class Tables:
             first_row=(ends - 2 * counts).int().to(device),
             ring_counts=counts.int().to(device),
             n_rows=int(ends[-1]),
-            samples=(
-                *(v[order].float().to(device) for v in (x, y)),
-                *(v[order].int().to(device) for v in (ring, place)),
-                shares[ring[order]].to(device),
+            samples=tuple(
+                torch.nn.functional.pad(values[order], (0, -len(order) % PEAK_SAMPLES)).to(device)
+                for values in (x.float(), y.float(), ring.int(), place.int(), shares[ring])
             ),
         )  # fmt: skip
 
@@ -670,7 +668,7 @@ def peaks_by_kernel(
     integers = (x.int().contiguous() for x in (reference, mirror, nearest, wanted))
     kernels.peak_values[(reference.numel(),)](
         images.contiguous(), x, y, ring, place, weights, references.profiles, centres.contiguous(), *integers, out,
-        rings.n_samples, len(rings.radii), reference.shape[1], rings.box, TWICE_ANGLES=2 * rings.n_angles,
-        SAMPLES=SHORTEST, num_warps=PEAK_WARPS,
+        len(x), len(rings.radii), reference.shape[1], rings.box, TWICE_ANGLES=2 * rings.n_angles,
+        SAMPLES=PEAK_SAMPLES, num_warps=PEAK_WARPS,
     )  # fmt: skip
     return out
