@@ -130,14 +130,14 @@ def _store_peak(out, sums, where):
 
 @triton.jit(do_not_specialize=("n_samples", "n_rings", "n_candidates"))
 def peak_values(
-    images, points_x, points_y, ring, place, weights, profiles, centres, reference, mirror, nearest, wanted, out,
+    images, means, points_x, points_y, ring, place, weights, profiles, centres, reference, mirror, nearest, wanted, out,
     n_samples, n_rings, n_candidates, box, TWICE_ANGLES: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """Correlation coefficients at 3 angles × 3 × 3 centres around each candidate's peak, sample by sample in float32.
 
     Program (candidate of an image); centres, reference, … are `(n, candidates)`, out is `(n, candidates, 3, 9)`;
     candidates that are not wanted get minus infinity. Samples lie ring by ring, so that neighbours meet neighbours, and
-    are a whole number of SAMPLES, some of weight 0.
+    are a whole number of SAMPLES, some of weight 0; each image's mean is taken off, so that sums keep their digits.
     """
     candidate = tl.program_id(0).to(tl.int64)
     image = candidate // n_candidates
@@ -155,7 +155,7 @@ def peak_values(
         whole_x, whole_y = whole_x.to(tl.int32), whole_y.to(tl.int32)
         own = profiles + tl.load(reference + candidate).to(tl.int64) * n_rings * TWICE_ANGLES
         mirrored, middle = tl.load(mirror + candidate), 2 * tl.load(nearest + candidate) + 1
-        pixels = images + image * box * box
+        pixels, level = images + image * box * box, tl.load(means + image)
         zero = tl.zeros((SAMPLES, 4), tl.float32)
         upper, here, lower = (
             (zero, zero, zero, zero, zero),
@@ -184,9 +184,9 @@ def peak_values(
             high = tl.load(line + ((turn - step) & (TWICE_ANGLES - 1)))[:, None]
             inside = weight > 0
             low, mid, high = tl.where(inside, low, 0.0), tl.where(inside, mid, 0.0), tl.where(inside, high, 0.0)
-            upper = _added(upper, a + fy * (b - a), weight, low, mid, high)
-            here = _added(here, b + fy * (c - b), weight, low, mid, high)
-            lower = _added(lower, c + fy * (d - c), weight, low, mid, high)
+            upper = _added(upper, a + fy * (b - a) - level, weight, low, mid, high)
+            here = _added(here, b + fy * (c - b) - level, weight, low, mid, high)
+            lower = _added(lower, c + fy * (d - c) - level, weight, low, mid, high)
         _store_peak(to, upper, column)
         _store_peak(to + 3, here, column)
         _store_peak(to + 6, lower, column)

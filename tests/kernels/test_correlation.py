@@ -52,6 +52,10 @@ def problem(box: int, n: int, k: int) -> tuple[Tensor, Tensor]:
     return references.to(DEVICE), images.to(DEVICE)
 
 
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.var_mean(images.float(), (1, 2))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_best_angles(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
     box, (first, last), n, k, mirror = case
@@ -63,7 +67,7 @@ def test_best_angles(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
     expected = exact.amax((2, 3))
 
     ready = prepare_references(references.float(), rings, mirror)
-    values, shifts, angles = unpacked(best_by_kernels(images.float(), centres, ready, SHIFTS).T)
+    values, shifts, angles = unpacked(best_by_kernels(images.float(), centres, ready, SHIFTS, statistics(images)).T)
     assert values.shape == expected.shape
     assert float((values - expected).abs().max()) < 5e-4
     there = exact.flatten(2).gather(2, (shifts * rings.n_angles + angles)[..., None])[..., 0]
@@ -92,7 +96,7 @@ def test_candidates_that_are_not_wanted() -> None:
     which = torch.tensor([[0, 1], [1, 0]], device=DEVICE)
     centres = torch.zeros((2, 2, 2), dtype=torch.float64, device=DEVICE)
     nearest = torch.tensor([[0, 63], [5, 9]], device=DEVICE)
-    arguments = images.float(), centres, ready, which, which == 1, nearest
+    arguments = images.float(), statistics(images)[1], centres, ready, which, which == 1, nearest
     every, some = peaks_by_kernel(*arguments, None), peaks_by_kernel(*arguments, which == 1)
     assert torch.isfinite(every).all()
     assert torch.equal(some[which == 1], every[which == 1])
@@ -137,11 +141,11 @@ def test_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     references, images = problem(20, 70, 3)
     ready = prepare_references(references.float(), Rings(20, 1, 7))
     centres = torch.zeros((70, 2), dtype=torch.float64, device=DEVICE)
-    expected = best_by_kernels(images.float(), centres, ready, SHIFTS)
+    expected = best_by_kernels(images.float(), centres, ready, SHIFTS, statistics(images))
     monkeypatch.setattr(correlation, "CHUNK_BYTES", 1)
     monkeypatch.setattr(correlation, "REFERENCES_AT_ONCE", 2)
     monkeypatch.setattr(correlation, "ANGLE_PAIRS", 3)
-    found = best_by_kernels(images.float(), centres, ready, SHIFTS)
+    found = best_by_kernels(images.float(), centres, ready, SHIFTS, statistics(images))
     assert torch.allclose(unpacked(found)[0], unpacked(expected)[0], rtol=1e-6)
     assert torch.equal(found & 0xFFFFFFFF, expected & 0xFFFFFFFF)
 

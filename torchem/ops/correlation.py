@@ -538,8 +538,8 @@ def align_by_kernels(images: Tensor, centres: Tensor, references: References, sh
     Nothing here waits for the device once the references are ready.
     """
     rings, table = references.rings, _shift_table(shifts, images.device)
-    centres = centres.double()
-    best = best_by_kernels(images, centres, references, shifts)
+    centres, statistics = centres.double(), torch.var_mean(images, (1, 2))
+    best = best_by_kernels(images, centres, references, shifts, statistics)
     # the best few references and sides
     best, which = best.topk(min(CANDIDATES, len(best)), dim=0)
     value, shift, nearest = unpacked(best.T)
@@ -547,7 +547,7 @@ def align_by_kernels(images: Tensor, centres: Tensor, references: References, sh
     wanted = value >= value[:, :1] - MARGIN
     around = centres[:, None] + table[shift]
     reference, mirror = which // references.sides, which % references.sides == 1
-    values = peaks_by_kernel(images, around, references, reference, mirror, nearest, wanted)
+    values = peaks_by_kernel(images, statistics[1], around, references, reference, mirror, nearest, wanted)
     taken = values[:, :, 1, 4].argmax(1, keepdim=True)
     reference, mirror, nearest = (x.gather(1, taken) for x in (reference, mirror, nearest))
     place = around.gather(1, taken[..., None].expand(-1, -1, 2))
@@ -555,7 +555,7 @@ def align_by_kernels(images: Tensor, centres: Tensor, references: References, sh
     free, unit_angle = shifts.free(), 2 * math.pi / rings.n_angles
     for step in range(PASSES):
         if step:
-            values = peaks_by_kernel(images, place, references, reference, mirror, nearest, None)[:, 0]
+            values = peaks_by_kernel(images, statistics[1], place, references, reference, mirror, nearest, None)[:, 0]
         moved, peak = quadratic_peak(values.unflatten(2, (3, 3)), (True, free[1], free[0]))
         place = place + moved[:, None].flip(2)[..., :2]
         turned = nearest[:, 0] + moved[:, 0]
@@ -568,8 +568,13 @@ def _shift_table(shifts: Shifts, device: torch.device) -> Tensor:
     return shifts.table().to(device)
 
 
-def best_by_kernels(images: Tensor, centres: Tensor, references: References, shifts: Shifts) -> Tensor:
-    """Highest correlation coefficients in half precision, and where: `(k·sides, n)` int64, see :func:`unpacked`."""
+def best_by_kernels(
+    images: Tensor, centres: Tensor, references: References, shifts: Shifts, statistics: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Highest correlation coefficients in half precision, and where: `(k·sides, n)` int64, see :func:`unpacked`.
+
+    ``statistics``: variance and mean of each image.
+    """
     from torchem.kernels import correlation as kernels
     from torchem.kernels import polar as polar_kernels
 
@@ -580,7 +585,7 @@ def best_by_kernels(images: Tensor, centres: Tensor, references: References, shi
     n, t, quarter, box = len(images), len(table), rings.n_angles // 4, rings.box
     all_rows, depth = half.operand.shape[1:]
     pairs = all_rows // 2
-    variance, mean = torch.var_mean(images, (1, 2))
+    variance, mean = statistics
     scale = variance.clamp(min=1e-30).rsqrt()
     whole = centres.round().int()
 
@@ -645,13 +650,15 @@ def unpacked(best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def peaks_by_kernel(
-    images: Tensor, centres: Tensor, references: References, reference: Tensor, mirror: Tensor, nearest: Tensor,
-    wanted: Tensor | None,
+    images: Tensor, means: Tensor, centres: Tensor, references: References, reference: Tensor, mirror: Tensor,
+    nearest: Tensor, wanted: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Correlation coefficients around the peaks of c candidates of each image in float32: `(n, c, 3, 9)`.
 
     Parameters
     ----------
+    means
+        `(n,)` of the images.
     centres
         `(n, c, 2)` float64.
     reference, mirror, nearest
@@ -667,8 +674,8 @@ def peaks_by_kernel(
     wanted = torch.ones_like(reference) if wanted is None else wanted
     integers = (x.int().contiguous() for x in (reference, mirror, nearest, wanted))
     kernels.peak_values[(reference.numel(),)](
-        images.contiguous(), x, y, ring, place, weights, references.profiles, centres.contiguous(), *integers, out,
-        len(x), len(rings.radii), reference.shape[1], rings.box, TWICE_ANGLES=2 * rings.n_angles,
+        images.contiguous(), means, x, y, ring, place, weights, references.profiles, centres.contiguous(), *integers,
+        out, len(x), len(rings.radii), reference.shape[1], rings.box, TWICE_ANGLES=2 * rings.n_angles,
         SAMPLES=PEAK_SAMPLES, num_warps=PEAK_WARPS,
     )  # fmt: skip
     return out
