@@ -137,7 +137,7 @@ def peak_values(
 
     Program (candidate of an image); centres, reference, … are `(n, candidates)`, out is `(n, candidates, 3, 9)`;
     candidates that are not wanted get minus infinity. Samples lie ring by ring, so that neighbours meet neighbours, and
-    are a whole number of SAMPLES, some of weight 0; each image's mean is taken off, so that sums keep their digits.
+    are a whole number of SAMPLES; each image's mean is taken off, so that sums keep their digits.
     """
     candidate = tl.program_id(0).to(tl.int64)
     image = candidate // n_candidates
@@ -182,8 +182,6 @@ def peak_values(
             low = tl.load(line + ((turn + step) & (TWICE_ANGLES - 1)))[:, None]
             mid = tl.load(line + (turn & (TWICE_ANGLES - 1)))[:, None]
             high = tl.load(line + ((turn - step) & (TWICE_ANGLES - 1)))[:, None]
-            inside = weight > 0
-            low, mid, high = tl.where(inside, low, 0.0), tl.where(inside, mid, 0.0), tl.where(inside, high, 0.0)
             upper = _added(upper, a + fy * (b - a) - level, weight, low, mid, high)
             here = _added(here, b + fy * (c - b) - level, weight, low, mid, high)
             lower = _added(lower, c + fy * (d - c) - level, weight, low, mid, high)

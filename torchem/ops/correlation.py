@@ -28,11 +28,11 @@ BLOCK = 96
 # the kernels: bytes of spectra and sums held at once, and sums of how many references at most
 CHUNK_BYTES, REFERENCES_AT_ONCE = 3 * 2**27, 64
 # how they are launched: images side by side, samples of a step and warps of the spectra; rows, columns, warps, stages
-# and rings of a step of the sums; columns, pairs, warps and stages of the angles; samples of a step and warps of peaks
+# and rings of a step of the sums; columns, pairs, warps and stages of the angles; warps of the peaks
 IMAGES, SPECTRA_DEPTH, SPECTRA_WARPS = 64, 32, 2
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS, SUM_STAGES, RINGS_DEPTH = 64, 128, 4, 5, 16
 ANGLE_COLUMNS, ANGLE_PAIRS, ANGLE_WARPS, ANGLE_STAGES = 64, 20, 8, 3
-PEAK_SAMPLES, PEAK_WARPS = 128, 4
+PEAK_WARPS = 2
 # sums over rings are stored times this, so that half precision keeps their digits
 UNIT = 2.0**12
 # half precision may err by MARGIN; so many (reference, mirror) within it of an image's best are compared in float32.
@@ -488,8 +488,7 @@ class Tables:
     first_row, ring_counts
         `(m,)` int32: the first row of each frequency in the spectra, and its number of rings.
     samples
-        x, y, ring, angle in halves of the step, and share of the disc, of all samples ring by ring; then some of no
-        share, to make up whole PEAK_SAMPLES.
+        x, y, ring, angle in halves of the step, and share of the disc, of all samples ring by ring.
     """
 
     radii: Tensor
@@ -526,8 +525,7 @@ class Tables:
             ring_counts=counts.int().to(device),
             n_rows=int(ends[-1]),
             samples=tuple(
-                torch.nn.functional.pad(values[order], (0, -len(order) % PEAK_SAMPLES)).to(device)
-                for values in (x.float(), y.float(), ring.int(), place.int(), shares[ring])
+                values[order].to(device) for values in (x.float(), y.float(), ring.int(), place.int(), shares[ring])
             ),
         )  # fmt: skip
 
@@ -676,6 +674,6 @@ def peaks_by_kernel(
     kernels.peak_values[(reference.numel(),)](
         images.contiguous(), means, x, y, ring, place, weights, references.profiles, centres.contiguous(), *integers,
         out, len(x), len(rings.radii), reference.shape[1], rings.box, TWICE_ANGLES=2 * rings.n_angles,
-        SAMPLES=PEAK_SAMPLES, num_warps=PEAK_WARPS,
+        SAMPLES=SHORTEST, num_warps=PEAK_WARPS,
     )  # fmt: skip
     return out
