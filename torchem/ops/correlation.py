@@ -27,9 +27,10 @@ from torchem.ops.polar import SHORTEST, Rings, polar_samples, quarter_waves, res
 BLOCK = 96
 # the kernels: bytes of spectra and sums held at once, and sums of how many references at most
 CHUNK_BYTES, REFERENCES_AT_ONCE = 3 * 2**27, 64
-# how they are launched: images side by side, samples of a step and warps of the spectra; rows, columns, warps, stages
-# and rings of a step of the sums; columns, pairs, warps and stages of the angles; warps of the peaks
-IMAGES, SPECTRA_DEPTH, SPECTRA_WARPS = 64, 32, 2
+# images side by side: a multiple of what a program takes
+IMAGES = 64
+# how they are launched: rows, columns, warps, stages and rings of a step of the sums; columns, pairs, warps and stages of
+# the angles; warps of the peaks
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS, SUM_STAGES, RINGS_DEPTH = 64, 128, 4, 5, 16
 ANGLE_COLUMNS, ANGLE_PAIRS, ANGLE_WARPS, ANGLE_STAGES = 64, 20, 8, 3
 PEAK_WARPS = 2
@@ -612,12 +613,11 @@ def best_by_kernels(
         moments = torch.empty((2, len(rings.radii), n_total), dtype=torch.float32, device=device)
         for length, ring, count in rings.groups:
             frequencies = min(length, 2 * half.n_frequencies) // 4
-            # many frequencies leave registers for fewer images
-            together, warps = (IMAGES, SPECTRA_WARPS) if frequencies <= 64 else (IMAGES // 2, 2 * SPECTRA_WARPS)
+            together, deep, warps = _spectra_launch(length, frequencies)
             polar_kernels.polar_spectra[(width // together, len(few), count)](
                 columns, few, tables.radii, tables.circles[length // 4], tables.waves[length // 4],
                 tables.first_row, tables.ring_counts, spectra, moments, ring, len(rings.radii), width,
-                n_total, box, QUARTER=length // 4, FREQUENCIES=frequencies, DEPTH=min(SPECTRA_DEPTH, length // 4),
+                n_total, box, QUARTER=length // 4, FREQUENCIES=frequencies, DEPTH=min(deep, length // 4),
                 IMAGES=together, num_warps=warps, num_stages=1,
             )  # fmt: skip
         average, squares = torch.matmul(tables.shares, moments)
@@ -639,6 +639,13 @@ def best_by_kernels(
                 num_stages=max(1, min(ANGLE_STAGES, 192 // half.n_frequencies)),
             )  # fmt: skip
     return best[:, :n]
+
+
+def _spectra_launch(length: int, frequencies: int) -> tuple[int, int, int]:
+    """Images and samples of a step and warps of a program: many frequencies leave registers for fewer of them."""
+    if length <= 256:
+        return (IMAGES, 32, 2) if frequencies <= 32 else (IMAGES, 64, 4)
+    return (IMAGES // 2, 32, 4) if frequencies <= 128 else (IMAGES // 2, 64, 8)
 
 
 def unpacked(best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
