@@ -117,13 +117,21 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def test_frequencies_that_references_have() -> None:
-    """Smooth references need few frequencies, noisy ones all; rows of the spectra are every ring's own."""
+    """Smooth references need few frequencies, and nothing changes without the others; each ring has rows of its own."""
     references, _ = problem(90, 1, 3)
     rings = Rings(90, 1, 36)
     smooth = torch.nn.functional.avg_pool2d(references, 9, 1, 4)
     noisy = references + torch.randn((3, 90, 90), device=DEVICE)
     for images, expected in ((smooth, 64), (noisy, 128)):
         assert half_references(prepare_references(images.float(), rings)).n_frequencies == expected
+    noise = torch.randn((2, 90, 90), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ready, centres = prepare_references(smooth, rings), torch.zeros((2, 2), dtype=torch.float64, device=DEVICE)
+    exact = correlation_table(noise.double(), centres[:, None], ready).flatten(1, 3).amax(-1)  # (n, sides·k)
+    best = best_by_kernels(
+        noise, centres, prepare_references(smooth.float(), rings), Shifts(0, 0, 1), statistics(noise)
+    )  # fmt: skip
+    found = unpacked(best.T)[0].unflatten(1, (3, 2)).mT.flatten(1)
+    assert float((found - exact).abs().max()) < 5e-4
     for m in (64, 128):
         tables = Tables.of(rings, m, torch.device("cpu"))
         used = [

@@ -29,15 +29,15 @@ BLOCK = 96
 CHUNK_BYTES, REFERENCES_AT_ONCE = 3 * 2**27, 64
 # images side by side: a multiple of what a program takes
 IMAGES = 64
-# how they are launched: rows, columns, warps, stages and rings of a step of the sums; columns, pairs, warps and stages of
+# launches: rows, columns, warps, stages and rings of a step of the sums; columns, pairs, warps and stages of
 # the angles; warps of the peaks
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS, SUM_STAGES, RINGS_DEPTH = 64, 128, 4, 5, 16
 ANGLE_COLUMNS, ANGLE_PAIRS, ANGLE_WARPS, ANGLE_STAGES = 64, 20, 8, 3
 PEAK_WARPS = 2
 # sums over rings are stored times this, so that half precision keeps their digits
 UNIT = 2.0**12
-# half precision may err by MARGIN; so many (reference, mirror) within it of an image's best are compared in float32.
-# What frequencies that are left out add to that
+# half precision may err by MARGIN, of which frequencies that are left out make FREQUENCY_ERROR rms; so many (reference,
+# mirror) within it of an image's best are compared in float32
 MARGIN, CANDIDATES, FREQUENCY_ERROR = 1e-3, 4, 1e-4
 # quadratics through neighbours 1 px apart, the second around the maximum of the first: neighbours that are whole pixels
 # apart are interpolated alike, so that the smoothing of noise between pixels does not move the peak
