@@ -1,6 +1,6 @@
-"""Triton kernel for polar resampling and the transform along the rings, without the polar image in memory.
+"""Triton kernels for polar resampling and the transform along the rings, without the polar image in memory.
 
-Images lie side by side, `(pixels, images)`, so that a sample is interpolated for 64 of them by coalesced loads, and the
+Images lie side by side, `(pixels, images)`, so that a sample is interpolated for many of them by one wide load, and the
 transform of a ring is a product of waves with samples on tensor cores: four products of a quarter, of what is even and
 odd under reversal and under reflection.
 """
@@ -9,94 +9,123 @@ import triton
 import triton.language as tl
 
 
+@triton.jit(do_not_specialize=("n_images",))
+def image_columns(
+    images, mean, scale, centres, columns, n_images, width, box, IMAGES: tl.constexpr, PIXELS: tl.constexpr
+):  # fmt: skip
+    """Write `(L², width)` normalised pixels around the images' own whole-pixel centres `(n, 2)` int32; an edge goes on.
+
+    Program (pixels, images); 0 where there is no image.
+    """
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    image = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
+    there = image < n_images
+    left = tl.load(centres + 2 * image, there, other=0)[:, None]
+    up = tl.load(centres + 2 * image + 1, there, other=0)[:, None]
+    x = tl.minimum(tl.maximum((pixel % box)[None, :] + left, 0), box - 1)
+    y = tl.minimum(tl.maximum((pixel // box)[None, :] + up, 0), box - 1)
+    inside = (pixel < box * box)[None, :]
+    value = tl.load(images + image.to(tl.int64)[:, None] * (box * box) + y * box + x, there[:, None] & inside, other=0)
+    value = (value - tl.load(mean + image, there, other=0)[:, None]) * tl.load(scale + image, there, other=0)[:, None]
+    to = columns + pixel.to(tl.int64)[None, :] * width + image[:, None]
+    tl.store(to, value.to(columns.dtype.element_ty), inside)
+
+
 @triton.jit
-def _samples(columns, points_x, points_y, place, x, y, reach, width, box, image):
-    """Bilinear values `(place, image)` of samples around one centre; an image's edge goes on."""
-    px = tl.load(points_x + place) + x
-    py = tl.load(points_y + place) + y
-    px = tl.minimum(tl.maximum(px, 0.0), reach)
-    py = tl.minimum(tl.maximum(py, 0.0), reach)
-    left = tl.minimum(px.to(tl.int32), box - 2)
-    top = tl.minimum(py.to(tl.int32), box - 2)
-    fx = (px - left.to(tl.float32))[:, None]
-    fy = (py - top.to(tl.float32))[:, None]
-    at = columns + (top * box + left).to(tl.int64)[:, None] * width + image[None, :]
-    step = box.to(tl.int64) * width
-    a = tl.load(at).to(tl.float32)
-    b = tl.load(at + width).to(tl.float32)
-    c = tl.load(at + step).to(tl.float32)
-    d = tl.load(at + step + width).to(tl.float32)
+def _samples(columns, x, y, image, width, box):
+    """Bilinear values `(samples, image)` at pixels x, y, in the images' own precision; an image's edge goes on."""
+    x = tl.minimum(tl.maximum(x, 0.0), box - 1.0)
+    y = tl.minimum(tl.maximum(y, 0.0), box - 1.0)
+    left = tl.minimum(x.to(tl.int32), box - 2)
+    top = tl.minimum(y.to(tl.int32), box - 2)
+    kind = columns.dtype.element_ty
+    fx, fy = (x - left).to(kind)[:, None], (y - top).to(kind)[:, None]
+    corner = columns + (top * box + left).to(tl.int64)[:, None] * width + image[None, :]
+    below = box.to(tl.int64) * width
+    a = tl.load(corner)
+    b = tl.load(corner + width)
+    c = tl.load(corner + below)
+    d = tl.load(corner + below + width)
     upper = a + fx * (b - a)
     lower = c + fx * (d - c)
     return upper + fy * (lower - upper)
 
 
-@triton.jit(do_not_specialize=("first_sample", "first_ring", "n_rings", "quarter16", "all_rings", "n_rows", "width64"))
+@triton.jit(do_not_specialize=("start", "n_rings"))
 def polar_spectra(
-    columns, points_x, points_y, shifts, waves, rows, weights, spectra, moments,
-    first_sample, first_ring, n_rings, quarter16, all_rings, n_rows, quarter_rows, width64, box,
-    IMAGES: tl.constexpr, DEPTH: tl.constexpr, FREQUENCIES: tl.constexpr,
+    columns, shifts, radii, circle, waves, first_row, ring_counts, spectra, moments,
+    start, n_rings, width, n_total, box,
+    QUARTER: tl.constexpr, FREQUENCIES: tl.constexpr, DEPTH: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
-    """Spectra of one ring at one shift, of IMAGES images; and its share of their weighted mean and mean square.
+    """Spectra of one ring of 4·QUARTER samples, of IMAGES images at one shift, and its sums of p and p².
 
-    Program (shift × ring, images, frequencies); all rings here have 4·quarter samples. Images are padded to whole
-    programs, DEPTH and FREQUENCIES divide the quarter: nothing is masked, so that loads are wide.
+    Program (images, shift, ring of a group). Nothing is masked, so that loads are wide: images are padded to whole
+    programs, DEPTH divides the quarter.
+
+    Parameters
+    ----------
+    shifts
+        `(t, 2)` float32 x and y.
+    circle
+        `(2, QUARTER)` float32 cosine and sine of the angles of the first quarter.
+    waves
+        `(2, 2, QUARTER, QUARTER)`: cosine or sine, parity, frequency // 2, angle; FREQUENCIES of each are taken.
+    first_row, ring_counts
+        of each frequency: its first row in ``spectra`` and its number of rings; a row a ring of real parts, then of
+        imaginary parts.
+    spectra
+        `(rows, n_total)`, a column an image and shift, shift by shift.
+    moments
+        `(2, n_rings, n_total)` float32.
+    start
+        number of the group's first ring.
     """
-    # handed over divided, so that the compiler sees that wide loads are aligned
-    quarter, width = quarter16 * 16, width64 * 64
-    image = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
-    shift = tl.program_id(0) // n_rings
-    ring = tl.program_id(0) % n_rings
-    first = tl.program_id(2) * FREQUENCIES
-    centre = (box // 2).to(tl.float32)
-    x = tl.load(shifts + 2 * shift) + centre
-    y = tl.load(shifts + 2 * shift + 1) + centre
-    reach = (box - 1).to(tl.float32)
-    frequency = first + tl.arange(0, FREQUENCIES)
-    square = quarter * quarter
-
-    cosine_even = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
-    cosine_odd = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
-    sine_even = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
-    sine_odd = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
+    image = tl.program_id(0) * IMAGES + tl.arange(0, IMAGES)
+    ring = start + tl.program_id(2)
+    radius = tl.load(radii + ring)
+    frequency = tl.arange(0, FREQUENCIES)
+    kind = waves.dtype.element_ty
+    size: tl.constexpr = QUARTER * QUARTER
+    shift = tl.program_id(1)
+    x = tl.load(shifts + 2 * shift) + box // 2
+    y = tl.load(shifts + 2 * shift + 1) + box // 2
+    real_even = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
+    real_odd = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
+    imaginary_even = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
+    imaginary_odd = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
     total = tl.zeros((IMAGES,), tl.float32)
-    power = tl.zeros((IMAGES,), tl.float32)
-    for start in range(0, quarter, DEPTH):
-        theta = start + tl.arange(0, DEPTH)
-        place = first_sample + theta * n_rings + ring
-        step = quarter * n_rings
-        a = _samples(columns, points_x, points_y, place, x, y, reach, width, box, image)
-        d = _samples(columns, points_x, points_y, place + 3 * step, x, y, reach, width, box, image)
-        total += tl.sum(a + d, 0)
-        power += tl.sum(a * a + d * d, 0)
-        near, near_odd = a + d, d - a
-        b = _samples(columns, points_x, points_y, place + step, x, y, reach, width, box, image)
-        c = _samples(columns, points_x, points_y, place + 2 * step, x, y, reach, width, box, image)
-        total += tl.sum(b + c, 0)
-        power += tl.sum(b * b + c * c, 0)
-        far, far_odd = b + c, b - c
-        wave = waves + frequency[:, None] * quarter + theta[None, :]
-        half = tl.load(wave)
-        cosine_even = tl.dot(half, (near + far).to(tl.float16), cosine_even)
-        half = tl.load(wave + square)
-        cosine_odd = tl.dot(half, (near - far).to(tl.float16), cosine_odd)
-        half = tl.load(wave + 2 * square)
-        sine_even = tl.dot(half, (near_odd + far_odd).to(tl.float16), sine_even)
-        half = tl.load(wave + 3 * square)
-        sine_odd = tl.dot(half, (near_odd - far_odd).to(tl.float16), sine_odd)
-
-    number = first_ring + ring
-    base = spectra + shift.to(tl.int64) * n_rows * width + image[None, :]
-    row = tl.load(rows + frequency) + number
-    tl.store(base + row.to(tl.int64)[:, None] * width, cosine_even.to(tl.float16))
-    row = tl.load(rows + quarter_rows + frequency) + number
-    tl.store(base + row.to(tl.int64)[:, None] * width, cosine_odd.to(tl.float16))
-    row = tl.load(rows + 2 * quarter_rows + frequency) + number
-    tl.store(base + row.to(tl.int64)[:, None] * width, sine_even.to(tl.float16))
-    row = tl.load(rows + 3 * quarter_rows + frequency) + number
-    tl.store(base + row.to(tl.int64)[:, None] * width, sine_odd.to(tl.float16))
-    if first == 0:
-        weight = tl.load(weights + number)
-        at = moments + ((shift * all_rings + number) * 2).to(tl.int64) * width + image
-        tl.store(at, weight * total)
-        tl.store(at + width, weight * power)
+    squares = tl.zeros((IMAGES,), tl.float32)
+    for begin in tl.static_range(0, QUARTER, DEPTH):
+        angle = begin + tl.arange(0, DEPTH)
+        c = radius * tl.load(circle + angle)
+        s = radius * tl.load(circle + QUARTER + angle)
+        # at θ, π - θ, π + θ, -θ
+        p0 = _samples(columns, x + c, y + s, image, width, box)
+        p1 = _samples(columns, x - c, y + s, image, width, box)
+        p2 = _samples(columns, x - c, y - s, image, width, box)
+        p3 = _samples(columns, x + c, y - s, image, width, box)
+        total += tl.sum((p0 + p3).to(tl.float32) + (p1 + p2).to(tl.float32), 0)
+        s0, s1, s2, s3 = p0.to(tl.float32), p1.to(tl.float32), p2.to(tl.float32), p3.to(tl.float32)
+        squares += tl.sum(s0 * s0 + s1 * s1 + s2 * s2 + s3 * s3, 0)
+        near, far = p0 + p3, p1 + p2
+        below, beyond = p3 - p0, p1 - p2
+        wave = waves + frequency[:, None] * QUARTER + angle[None, :]
+        real_even = tl.dot(tl.load(wave), (near + far).to(kind), real_even)
+        real_odd = tl.dot(tl.load(wave + size), (near - far).to(kind), real_odd)
+        # the reflection changes the sign of sines of even frequencies
+        imaginary_even = tl.dot(tl.load(wave + 2 * size), (below + beyond).to(kind), imaginary_even)
+        imaginary_odd = tl.dot(tl.load(wave + 3 * size), (below - beyond).to(kind), imaginary_odd)
+    column = shift.to(tl.int64) * width + image
+    tl.store(moments + ring.to(tl.int64) * n_total + column, total)
+    tl.store(moments + (n_rings + ring).to(tl.int64) * n_total + column, squares)
+    for parity in tl.static_range(2):
+        row = tl.load(first_row + 2 * frequency + parity) + ring
+        count = tl.load(ring_counts + 2 * frequency + parity)
+        to = spectra + row.to(tl.int64)[:, None] * n_total + column[None, :]
+        imaginary = to + count.to(tl.int64)[:, None] * n_total
+        if parity == 0:
+            tl.store(to, real_even.to(kind))
+            tl.store(imaginary, imaginary_even.to(kind))
+        else:
+            tl.store(to, real_odd.to(kind))
+            tl.store(imaginary, imaginary_odd.to(kind))

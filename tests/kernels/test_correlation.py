@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchem.ops import correlation
 from torchem.ops.correlation import (
     Shifts,
     Tables,
@@ -17,8 +18,9 @@ from torchem.ops.correlation import (
     half_references,
     peaks_by_kernel,
     prepare_references,
+    unpacked,
 )
-from torchem.ops.polar import Rings, polar_samples, ring_spectra
+from torchem.ops.polar import Rings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # box, rings, images, references, mirror: one ring length and several, odd and even boxes, partial tiles
@@ -50,6 +52,10 @@ def problem(box: int, n: int, k: int) -> tuple[Tensor, Tensor]:
     return references.to(DEVICE), images.to(DEVICE)
 
 
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.var_mean(images.float(), (1, 2))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_best_angles(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
     box, (first, last), n, k, mirror = case
@@ -57,14 +63,15 @@ def test_best_angles(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
     rings, table = Rings(box, first, last), SHIFTS.table().to(DEVICE)
     centres = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, -1.0]], dtype=torch.float64, device=DEVICE)[:n]
     exact = correlation_table(images, centres[:, None] + table, prepare_references(references, rings, mirror))
-    expected = exact.amax(-1).permute(1, 3, 2, 0)
+    exact = exact.permute(0, 3, 2, 1, 4).flatten(1, 2)  # (n, k·sides, t, a)
+    expected = exact.amax((2, 3))
 
     ready = prepare_references(references.float(), rings, mirror)
-    values, angles = best_by_kernels(images.float(), centres, ready, table, *half_references(ready))
+    values, shifts, angles = unpacked(best_by_kernels(images.float(), centres, ready, SHIFTS, statistics(images)).T)
     assert values.shape == expected.shape
     assert float((values - expected).abs().max()) < 5e-4
-    at_angle = exact.permute(1, 3, 2, 0, 4).gather(-1, angles.long()[..., None])[..., 0]
-    assert float((at_angle - expected).abs().max()) < 5e-4
+    there = exact.flatten(2).gather(2, (shifts * rings.n_angles + angles)[..., None])[..., 0]
+    assert float((there - expected).abs().max()) < 5e-4
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -89,27 +96,66 @@ def test_candidates_that_are_not_wanted() -> None:
     which = torch.tensor([[0, 1], [1, 0]], device=DEVICE)
     centres = torch.zeros((2, 2, 2), dtype=torch.float64, device=DEVICE)
     nearest = torch.tensor([[0, 63], [5, 9]], device=DEVICE)
-    arguments = images.float(), centres, ready, which, which == 1, nearest
+    arguments = images.float(), statistics(images)[1], centres, ready, which, which == 1, nearest
     every, some = peaks_by_kernel(*arguments, None), peaks_by_kernel(*arguments, which == 1)
     assert torch.isfinite(every).all()
     assert torch.equal(some[which == 1], every[which == 1])
     assert (some[which == 0] == -math.inf).all()
 
 
-def test_rows_of_the_spectra() -> None:
-    """Every ring has a row of its own for each of its frequencies."""
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_device() -> None:
+    references, images = problem(33, 5, 3)
+    ready = prepare_references(references.float(), Rings(33, 2, 14))
+    centres = torch.zeros((5, 2), dtype=torch.float64, device=DEVICE)
+    align(images.float(), centres, ready, SHIFTS)  # compiles, fills caches
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        align(images.float(), centres, ready, SHIFTS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_frequencies_that_references_have() -> None:
+    """Smooth references need few frequencies, and nothing changes without the others; each ring has rows of its own."""
+    references, _ = problem(90, 1, 3)
     rings = Rings(90, 1, 36)
-    tables = Tables.of(rings, torch.device("cpu"))
-    used = [
-        int(row) + ring
-        for rows in tables.rows.flatten(0, 1)
-        for row, count in zip(rows, tables.ring_counts, strict=True)
-        for ring in range(int(count))
-    ]
-    assert sorted(used) == list(range(tables.n_rows))
-    assert tables.n_rows == sum(rings.lengths)
-    samples = polar_samples(torch.randn(1, 90, 90), rings, torch.zeros(1, 2)).T
-    assert ring_spectra(samples, rings).shape == (2, 2, 64, 36, 1)
+    smooth = torch.nn.functional.avg_pool2d(references, 9, 1, 4)
+    noisy = references + torch.randn((3, 90, 90), device=DEVICE)
+    for images, expected in ((smooth, 64), (noisy, 128)):
+        assert half_references(prepare_references(images.float(), rings)).n_frequencies == expected
+    noise = torch.randn((2, 90, 90), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ready, centres = prepare_references(smooth, rings), torch.zeros((2, 2), dtype=torch.float64, device=DEVICE)
+    exact = correlation_table(noise.double(), centres[:, None], ready).flatten(1, 3).amax(-1)  # (n, sides·k)
+    best = best_by_kernels(
+        noise, centres, prepare_references(smooth.float(), rings), Shifts(0, 0, 1), statistics(noise)
+    )  # fmt: skip
+    found = unpacked(best.T)[0].unflatten(1, (3, 2)).mT.flatten(1)
+    assert float((found - exact).abs().max()) < 5e-4
+    for m in (64, 128):
+        tables = Tables.of(rings, m, torch.device("cpu"))
+        used = [
+            int(row) + ring + part * int(count)
+            for row, count in zip(tables.first_row, tables.ring_counts, strict=True)
+            for ring in range(int(count))
+            for part in (0, 1)
+        ]
+        assert sorted(used) == list(range(tables.n_rows))
+        assert tables.n_rows == sum(min(n, 2 * m) for n in rings.lengths)
+
+
+def test_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is held at once, the same is found."""
+    references, images = problem(20, 70, 3)
+    ready = prepare_references(references.float(), Rings(20, 1, 7))
+    centres = torch.zeros((70, 2), dtype=torch.float64, device=DEVICE)
+    expected = best_by_kernels(images.float(), centres, ready, SHIFTS, statistics(images))
+    monkeypatch.setattr(correlation, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(correlation, "REFERENCES_AT_ONCE", 2)
+    monkeypatch.setattr(correlation, "ANGLE_PAIRS", 3)
+    found = best_by_kernels(images.float(), centres, ready, SHIFTS, statistics(images))
+    assert torch.allclose(unpacked(found)[0], unpacked(expected)[0], rtol=1e-6)
+    assert torch.equal(found & 0xFFFFFFFF, expected & 0xFFFFFFFF)
 
 
 def test_scores_of_the_matrix_products() -> None:

@@ -64,8 +64,9 @@ def test_classes_of_the_data() -> None:
     last = iterations[-1]
     assert last.converged and purity(last.parameters, truth.class_id) > 0.9
     assert float(last.members.min()) >= 0.2 * 60
-    # centred averages and parameters still belong together
-    np.testing.assert_allclose(last.averages.numpy(), recomputed(truth.images, last), atol=0.05)
+    # centred averages and parameters still belong together, but for what centring moved across the border
+    inner = (slice(None), slice(3, -3), slice(3, -3))
+    np.testing.assert_allclose(last.averages.numpy()[inner], recomputed(truth.images, last)[inner], atol=0.05)
     assert [iteration.number for iteration in iterations] == list(range(1, len(iterations) + 1))
     assert iterations[0].changed == 1 and last.changed < 0.01 and last.pixel_error < 0.5
 

@@ -38,10 +38,13 @@ def rows(case: Case) -> Iterator[dict]:
         centres = torch.zeros((len(images), 2), dtype=torch.float64, device=DEVICE)
         peak = peak_mb(one_pass, images, centres, references, rings, shifts)
         time = seconds_with_host(one_pass, images, centres, references, rings, shifts, repeats=case.repeats)
-        floor = floor_seconds(len(images), count, rings, shifts)
+        half = prepare_references(references, rings).half
+        kept = half.n_frequencies if half else rings.n_angles // 2
+        floor = floor_seconds(len(images), count, rings, shifts, kept)
         yield {
             "operation": operation, "precision": "single", "n_particles": case.n_particles, "box": case.box,
             "n_references": count, "x_range": case.x_range, "n_shifts": len(shifts.table()), "last_ring": rings.last,
+            "n_frequencies": kept,
             "ms": time * 1e3, "images_per_s": len(images) / time, "floor_ms": floor * 1e3,
             "of_floor": floor / time, "peak_mb": peak,
         }  # fmt: skip
@@ -76,18 +79,20 @@ def problem(n: int, k: int, box: int) -> tuple[Tensor, Tensor]:
     return references, few[torch.arange(n) % len(few)]
 
 
-def floor_seconds(n: int, k: int, rings: Rings, shifts: Shifts) -> float:
+def floor_seconds(n: int, k: int, rings: Rings, shifts: Shifts, n_frequencies: int) -> float:
     """What products and memory alone would take at the rates of the same device in the same run.
 
-    Ring transforms and inverse transforms in quarters, sums over rings as complex products, spectra written and read.
+    Ring transforms and inverse transforms in quarters, sums over rings as complex products, spectra written and read;
+    of the first frequencies only.
     """
     half = torch.float16 if DEVICE.type == "cuda" else torch.float32
     side = 4096 if DEVICE.type == "cuda" else 1024
     a = torch.randn((side, side), device=DEVICE).to(half)
     rate = 2 * side**3 / seconds(torch.mm, a, a)
-    transforms = sum(4 * (length // 4) ** 2 for length in rings.lengths)
-    sums = 4 * k * sum(length // 2 for length in rings.lengths)
-    angles = 2 * k * 4 * (rings.n_angles // 4) ** 2
+    kept = [min(length, 2 * n_frequencies) for length in rings.lengths]
+    transforms = sum(length * some // 4 for length, some in zip(rings.lengths, kept, strict=True))
+    sums = 2 * k * sum(kept)
+    angles = 2 * k * rings.n_angles * n_frequencies // 2
     each = 2 * (transforms + sums + angles)
-    spectra = 2 * sum(rings.lengths) * torch.finfo(half).bits // 8
+    spectra = 2 * sum(kept) * torch.finfo(half).bits // 8
     return n * len(shifts.table()) * (each / rate + spectra / copied_bytes_per_second())

@@ -7,7 +7,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # axes from left to right: iterations, sizes; else kinds of arithmetic or memory
-AXES = ("iteration", "n_orientations", "box", "n_particles", "n_shifts", "n_references", "precision", "allocator")
+AXES = (
+    "iteration", "n_orientations", "box", "n_particles", "x_range", "n_shifts", "n_references", "precision",
+    "allocator",
+)  # fmt: skip
 KINDS = ("precision", "allocator")
 LINES = ("operation", "stage", "allocator", "precision", "backend", "deterministic", "device")
 

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -145,8 +146,9 @@ def _embedding(parameters: pd.DataFrame, images: ImageReader, radius: float | No
         note += 'no t-SNE, since scikit-learn is not installed (pip install "torchem[explore]").'
     else:
         note += "t-SNE of all of them."
-        for when, values in scores.items():
-            points[f"t-SNE, {when} alignment"] = tsne(values, seed)
+        with ThreadPoolExecutor(len(scores)) as pool:  # one core each
+            places = pool.map(lambda values: tsne(values, seed), scores.values())
+            points |= {f"t-SNE, {when} alignment": place for when, place in zip(scores, places, strict=True)}
     class_id = parameters["class_id"].to_numpy(np.int64)[chosen]
     return _section("Embeddings", figures.embedding_figure(points, class_id), note)
 

@@ -16,23 +16,29 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from torchem.ops.polar import Rings, polar_samples, quarter_waves, resampling, ring_spectra
+from torchem.ops.polar import SHORTEST, Rings, polar_samples, quarter_waves, resampling, ring_spectra
 
 # images of one block of the matrix products on a CPU, and of a peak's refinement
 BLOCK = 96
-# the kernels: images and references of a tile; bytes of the spectra and scores of a chunk of images
-TILE_IMAGES, TILE_REFERENCES, CHUNK_BYTES = 64, 4, 2**29
-# how they are launched: samples of a step, warps and registers for the spectra; frequencies of a step, warps and stages
-# for the angles
-SPECTRA_DEPTH, SPECTRA_WARPS, SPECTRA_REGISTERS = 16, 8, 128
-ANGLES_DEPTH, ANGLES_WARPS, ANGLES_STAGES = 32, 8, 2
-# half precision may err by this; so many (reference, mirror) within it of an image's best are compared in float32
-MARGIN, CANDIDATES = 1e-3, 4
+# the kernels: bytes of spectra and sums held at once, and sums of how many references at most
+CHUNK_BYTES, REFERENCES_AT_ONCE = 3 * 2**27, 64
+# images side by side: a multiple of what a program takes
+IMAGES = 64
+# launches: rows, columns, warps, stages and rings of a step of the sums; columns, pairs, warps and stages of
+# the angles; warps of the peaks
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS, SUM_STAGES, RINGS_DEPTH = 64, 128, 4, 5, 16
+ANGLE_COLUMNS, ANGLE_PAIRS, ANGLE_WARPS, ANGLE_STAGES = 64, 20, 8, 3
+PEAK_WARPS = 2
+# sums over rings are stored times this, so that half precision keeps their digits
+UNIT = 2.0**12
+# half precision may err by MARGIN, of which frequencies that are left out make FREQUENCY_ERROR rms; so many (reference,
+# mirror) within it of an image's best are compared in float32
+MARGIN, CANDIDATES, FREQUENCY_ERROR = 1e-3, 4, 1e-4
 # quadratics through neighbours 1 px apart, the second around the maximum of the first: neighbours that are whole pixels
 # apart are interpolated alike, so that the smoothing of noise between pixels does not move the peak
 PASSES = 2
@@ -82,7 +88,7 @@ class References:
     mirror: bool
     spectra: list[Tensor]
     profiles: Tensor
-    half: tuple[Tensor, Tensor] | None = None
+    half: HalfReferences | None = None
 
     @property
     def sides(self) -> int:
@@ -127,12 +133,11 @@ def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) ->
     power = weights @ samples.square()
     # an empty reference stays empty, and correlates with nothing
     samples = samples * torch.where(power > 0, power, torch.ones_like(power)).rsqrt()
-    ring_weight = (rings.weights() / torch.tensor(rings.lengths)).to(samples)
-    turns = torch.arange(2 * rings.n_angles, dtype=torch.float64, device=samples.device) * (math.pi / rings.n_angles)
-    profiles = samples.new_zeros((k, len(rings.radii), len(turns)))
+    ring_weight = _ring_weights(rings, samples.dtype, samples.device)
+    profiles = samples.new_zeros((k, len(rings.radii), 2 * rings.n_angles))
     transform = ring_spectra(samples, rings)
     spectra = []
-    for band in rings.bands:
+    for band, waves in zip(rings.bands, _half_steps(rings, samples.dtype, samples.device), strict=True):
         q = transform[:, :, band.low // 2 : band.high // 2, : band.n_rings] * (2 * ring_weight[: band.n_rings, None])
         if band.low == 0:
             q[:, 0, 0] /= 2
@@ -141,10 +146,7 @@ def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) ->
         of_real = [real, real, -imaginary, imaginary][:: 1 if mirror else 2]
         of_imaginary = [imaginary, -imaginary, real, real][:: 1 if mirror else 2]
         spectra.append(torch.stack([torch.cat(of_real, 2), torch.cat(of_imaginary, 2)]))
-        m = torch.arange(band.low, band.high, dtype=torch.float64, device=samples.device).reshape(-1, 2).T
-        angle = m[..., None] * turns
-        for wave, part in ((angle.cos(), real), (angle.sin().neg(), imaginary)):
-            profiles[:, : band.n_rings] += torch.einsum("pmkr,pma->kra", part, wave.to(samples))
+        profiles[:, : band.n_rings] += torch.einsum("cpmkr,cpma->kra", q.mT, waves)
     ready = References(rings, k, mirror, spectra, profiles)
     by_kernels = references.is_cuda and references.dtype == torch.float32
     return replace(ready, half=half_references(ready)) if by_kernels else ready
@@ -258,42 +260,42 @@ def quadratic_peak(values: Tensor, free: tuple[bool, bool, bool]) -> tuple[Tenso
     -------
     `(n, 3)` float64 place in steps from the middle, at most 1 along each axis, and `(n,)` float64 height.
     """
-    axes = [axis for axis in range(3) if free[axis]]
-    # constant, gradient, upper triangle of half the Hessian
-    coefficients = values.double().flatten(1) @ _quadratic(tuple(axes), values.device).T
-    n, d = len(values), len(axes)
-    gradient, half = coefficients.new_zeros((n, 3)), coefficients.new_zeros((n, 3, 3))
-    gradient[:, axes] = coefficients[:, 1 : 1 + d]
-    pairs = itertools.combinations_with_replacement(axes, 2)
-    for (row, column), value in zip(pairs, coefficients[:, 1 + d :].unbind(1), strict=True):
-        half[:, row, column] = value
-    hessian = half + half.mT
-    for axis in set(range(3)) - set(axes):
-        hessian[:, axis, axis] = -1
+    matrix, bias = _quadratic(free, values.device)
+    coefficients = torch.addmm(bias, values.double().flatten(1), matrix)
+    constant, gradient, hessian = coefficients[:, 0], coefficients[:, 1:4], coefficients[:, 4:].unflatten(1, (3, 3))
     # a maximum if minus the Hessian has positive minors; without one, along each axis by itself if it has one there
-    x, y, z = hessian.unbind(1)
-    determinant = (x * torch.linalg.cross(y, z)).sum(1)
-    peaked = (x[:, 0] < 0) & (x[:, 0] * y[:, 1] > x[:, 1].square()) & (determinant < 0)
+    adjugate = torch.linalg.cross(hessian.roll(-1, 1), hessian.roll(-2, 1))
+    determinant = (hessian[:, 0] * adjugate[:, 0]).sum(1, keepdim=True)
+    peaked = (hessian[:, :1, 0] < 0) & (adjugate[:, 2:, 2] > 0) & (determinant < 0)
     diagonal = hessian.diagonal(dim1=1, dim2=2).clamp(max=-torch.finfo(torch.float64).tiny)
-    adjugate = torch.stack([torch.linalg.cross(y, z), torch.linalg.cross(z, x), torch.linalg.cross(x, y)], 1)
-    newton = (adjugate * gradient[:, None]).sum(2) / determinant[:, None]
-    step = -torch.where(peaked[:, None], newton, gradient / diagonal).clamp(-1, 1)
-    hessian = torch.where(peaked[:, None, None], hessian, torch.diag_embed(diagonal))
-    rise = (gradient * step).sum(1) + 0.5 * (step[:, None] @ hessian @ step[..., None]).flatten()
-    return step, coefficients[:, 0] + rise
+    newton = (adjugate * gradient[:, None]).sum(2) / determinant
+    step = -torch.where(peaked, newton, gradient / diagonal).clamp(-1, 1)
+    curved = torch.where(peaked, (hessian * step[:, None]).sum(2), diagonal * step)
+    return step, constant + ((gradient + 0.5 * curved) * step).sum(1)
 
 
 @functools.lru_cache
-def _quadratic(axes: tuple[int, ...], device: torch.device) -> Tensor:
-    """What takes 3 × 3 × 3 values to the coefficients of the quadratic along some axes, through the middle."""
+def _quadratic(free: tuple[bool, bool, bool], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What takes 3 × 3 × 3 values to constant, gradient and Hessian of the quadratic along the free axes.
+
+    `(27, 13)`, and `(13,)` to be added: along the others it falls by itself.
+    """
+    axes = [axis for axis in range(3) if free[axis]]
     places = torch.cartesian_prod(*[torch.arange(-1.0, 2.0, dtype=torch.float64)] * 3)
-    pairs = itertools.combinations_with_replacement(axes, 2)
+    pairs = list(itertools.combinations_with_replacement(axes, 2))
     columns = [torch.ones(27, dtype=torch.float64), *(places[:, i] for i in axes)]
     terms = torch.stack(columns + [places[:, i] * places[:, j] for i, j in pairs], 1)
     taken = [not any(place[axis] for axis in range(3) if axis not in axes) for place in places]
     inverse = torch.zeros(terms.shape[1], 27, dtype=torch.float64)
     inverse[:, taken] = torch.linalg.pinv(terms[taken])
-    return inverse.to(device)
+    matrix, bias = torch.zeros(27, 13, dtype=torch.float64), torch.zeros(13, dtype=torch.float64)
+    matrix[:, [0, *(1 + axis for axis in axes)]] = inverse[: 1 + len(axes)].T
+    for (row, column), values in zip(pairs, inverse[1 + len(axes) :], strict=True):
+        matrix[:, 4 + 3 * row + column] += values
+        matrix[:, 4 + 3 * column + row] += values
+    for axis in set(range(3)) - set(axes):
+        bias[4 + 4 * axis] = -1
+    return matrix.to(device), bias.to(device)
 
 
 def _columns(images: Tensor, centres: Tensor) -> Tensor:
@@ -319,6 +321,20 @@ def _weights(rings: Rings, dtype: torch.dtype, device: torch.device) -> Tensor:
     return rings.weights()[rings.points()[0]].to(device, dtype)
 
 
+@functools.lru_cache(maxsize=16)
+def _ring_weights(rings: Rings, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`(rings,)`: the share of a sample over the samples of its ring."""
+    return (rings.weights() / torch.tensor(rings.lengths)).to(device, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _half_steps(rings: Rings, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """For each band cosines and minus sines `(2, 2, m // 2, 2·a)` at multiples of half the step between angles."""
+    turns = torch.arange(2 * rings.n_angles, dtype=torch.float64) * (math.pi / rings.n_angles)
+    angles = [torch.arange(b.low, b.high).reshape(-1, 2).T[..., None] * turns for b in rings.bands]
+    return [torch.stack([angle.cos(), -angle.sin()]).to(device, dtype) for angle in angles]
+
+
 def _products(spectra: Tensor, references: References) -> Tensor:
     """Sums over rings of all images with all references: `(2, a/4, 2, sides, k, b)`, real and imaginary parts."""
     b, sides, k = spectra.shape[-1], references.sides, references.count
@@ -338,9 +354,7 @@ def _waves(products: Tensor, rings: Rings) -> Tensor:
     result = products.new_empty((2, 2, *products.shape[1:2], *products.shape[3:]))
     for part in (0, 1):
         for parity in (0, 1):
-            torch.mm(
-                waves[part, parity].T, products[parity, :, part].flatten(1), out=result[part, parity].flatten(1)
-            )
+            torch.mm(waves[part, parity].T, products[parity, :, part].flatten(1), out=result[part, parity].flatten(1))
     return result
 
 
@@ -377,9 +391,7 @@ def _best_angle(samples: Tensor, references: References, reference: Tensor, mirr
     return (angles + mirror * (rings.n_angles // 2)) % rings.n_angles
 
 
-def _scores(
-    samples: Tensor, references: References, reference: Tensor, mirror: Tensor, nearest: Tensor
-) -> Tensor:
+def _scores(samples: Tensor, references: References, reference: Tensor, mirror: Tensor, nearest: Tensor) -> Tensor:
     """Correlation coefficients with each image's own reference at its nearest angle and one step to either side.
 
     Parameters
@@ -417,82 +429,137 @@ def _places(rings: Rings, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Tables:
-    """What the kernels know of rings, on their device.
+class HalfReferences:
+    """What the kernels compare images with.
 
     Attributes
     ----------
-    x, y
-        `(samples,)` float32 pixels from the centre; ``ring``, ``place``, ``weights`` as on the host.
-    rows
-        `(2, 2, a/4)` int32: the row of the outermost ring, by part, parity and frequency // 2, in a list of all rings
-        that have the frequency; ``n_rows`` rows in all.
-    ring_counts
-        `(a/4,)` int32.
+    operand
+        `(m, 2·sides·k, 2·rings)` float16: for each frequency what takes its spectra, a row a ring of real and then of
+        imaginary parts, to sums over rings; rows: reference, real or imaginary part of the sum, side; 0 beyond the
+        frequency's rings.
+    n_frequencies
+        that are looked at, a power of two.
     """
 
-    x: Tensor
-    y: Tensor
-    ring: Tensor
-    place: Tensor
-    weights: Tensor
-    ring_weights: Tensor
-    rows: Tensor
+    operand: Tensor
+    n_frequencies: int
+
+
+def half_references(references: References) -> HalfReferences:
+    """Half precision, and no more frequencies than the references have.
+
+    Frequencies are left out if the error of a coefficient with an image of white noise stays below FREQUENCY_ERROR:
+    for a share f of the reference's energy, and N pixels within the last ring, it is √(f/N) rms. Waits for the device.
+    """
+    rings, sides, k = references.rings, references.sides, references.count
+    weights = _ring_weights(rings, references.profiles.dtype, references.profiles.device)
+    energy = []
+    for band, values in zip(rings.bands, references.spectra, strict=True):
+        straight = values.unflatten(3, (2, sides, k))[0, :, :, :, 0]  # (2, m, 2, k, rings)
+        shares = straight.square() / (2 * weights[: band.n_rings])
+        energy.append(shares.sum((2, 4)).transpose(0, 1).flatten(0, 1))
+    beyond = torch.cat(energy).flip(0).cumsum(0).flip(0).amax(1).tolist()
+    allowed = FREQUENCY_ERROR**2 * math.pi * rings.last**2
+    count = SHORTEST // 2
+    while count < rings.n_angles // 2 and beyond[count] > allowed:
+        count *= 2
+    width = -(-2 * len(rings.radii) // RINGS_DEPTH) * RINGS_DEPTH
+    operand = references.spectra[0].new_zeros((count, k, 2, sides, width), dtype=torch.float16)
+    for band, values in zip(rings.bands, references.spectra, strict=True):
+        if band.low < count:
+            # (m, 2, k, 2, sides, 2, rings)
+            own = (values.unflatten(3, (2, sides, k)) * UNIT).permute(2, 1, 5, 3, 4, 0, 6)
+            operand[band.low : band.high, ..., : 2 * band.n_rings] = own.flatten(5).flatten(0, 1)[: count - band.low]
+    return HalfReferences(operand.flatten(1, 3), count)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the kernels know of rings and the first frequencies, on their device.
+
+    Attributes
+    ----------
+    radii
+        `(rings,)` float32, and ``shares`` of the disc of one sample.
+    circles, waves
+        by a quarter of a ring's length: cosine and sine of its angles, and :func:`quarter_waves`.
+    back_waves
+        of the longest rings, angle before frequency // 2.
+    first_row, ring_counts
+        `(m,)` int32: the first row of each frequency in the spectra, and its number of rings.
+    samples
+        x, y, ring, angle in halves of the step, and share of the disc, of all samples ring by ring.
+    """
+
+    radii: Tensor
+    shares: Tensor
+    circles: dict[int, Tensor]
+    waves: dict[int, Tensor]
+    back_waves: Tensor
+    first_row: Tensor
     ring_counts: Tensor
     n_rows: int
+    samples: tuple[Tensor, ...]
 
     @staticmethod
     @functools.lru_cache(maxsize=16)
-    def of(rings: Rings, device: torch.device) -> Tables:
+    def of(rings: Rings, n_frequencies: int, device: torch.device) -> Tables:
         """The tables of one set of rings."""
+        counts = torch.cat([torch.full((band.high - band.low,), band.n_rings) for band in rings.bands])[:n_frequencies]
+        ends = (2 * counts).cumsum(0)
+        angles = {
+            n // 4: (torch.arange(n // 4, dtype=torch.float64) + 0.5) * (2 * math.pi / n) for n, _, _ in rings.groups
+        }
         _, x, y = rings.points()
-        counts = torch.cat([torch.full(((b.high - b.low) // 2,), b.n_rings) for b in rings.bands])
-        ends = counts.repeat(4).cumsum(0)
-        rows = (ends - counts.repeat(4)).reshape(2, 2, -1)
-        ring, place = _places(rings, device)
+        ring, place = _places(rings, torch.device("cpu"))
+        place = place % (2 * rings.n_angles)
+        order = torch.argsort(ring * 2 * rings.n_angles + place)
+        shares = rings.weights().float()
         return Tables(
-            x.float().to(device), y.float().to(device), ring.int(), place.int(), _weights(rings, torch.float32, device),
-            rings.weights().float().to(device), rows.int().to(device), counts.int().to(device), int(ends[-1]),
+            radii=torch.tensor(rings.radii, dtype=torch.float32, device=device),
+            shares=shares.to(device),
+            circles={q: torch.stack([a.cos(), a.sin()]).float().to(device) for q, a in angles.items()},
+            waves={q: quarter_waves(4 * q, torch.float16, device) for q in angles},
+            back_waves=quarter_waves(rings.n_angles, torch.float16, device).mT.contiguous(),
+            first_row=(ends - 2 * counts).int().to(device),
+            ring_counts=counts.int().to(device),
+            n_rows=int(ends[-1]),
+            samples=tuple(
+                values[order].to(device) for values in (x.float(), y.float(), ring.int(), place.int(), shares[ring])
+            ),
         )  # fmt: skip
 
 
 def align_by_kernels(images: Tensor, centres: Tensor, references: References, shifts: Shifts) -> Alignment:
     """:func:`align` by the Triton kernels: a search in half precision, the best few compared and refined in float32.
 
-    Nothing here waits for the device.
+    Nothing here waits for the device once the references are ready.
     """
     rings, table = references.rings, _shift_table(shifts, images.device)
-    half = references.half or half_references(references)
-    bytes_each = len(table) * (2 * Tables.of(rings, images.device).n_rows + 6 * half[0].shape[2] * references.sides)
-    chunk = max(1, CHUNK_BYTES // (bytes_each * TILE_IMAGES)) * TILE_IMAGES
-    parts = []
-    for start in range(0, len(images), chunk):
-        some, around = images[start : start + chunk], centres[start : start + chunk].double()
-        scores, angles = best_by_kernels(some, around, references, table, *half)
-        # the best shift of every reference and side, then the best few of these
-        highest, shift = scores.max(0)
-        sides = references.sides
-        best, which = highest.flatten(0, 1).topk(min(CANDIDATES, sides * references.count), dim=0)
-        its_shift = shift.flatten(0, 1).gather(0, which)
-        nearest = angles.flatten(1, 2).gather(1, which[None].expand(len(table), -1, -1)).gather(0, its_shift[None])[0]
-        wanted = best >= best[:1] - MARGIN
-        candidates = around[:, None] + table[its_shift.T]
-        reference, mirror, nearest = (which // sides).T, (which % sides == 1).T, nearest.T.long()
-        values = peaks_by_kernel(some, candidates, references, reference, mirror, nearest, wanted.T)
-        taken = values[:, :, 1, 4].argmax(1, keepdim=True)
-        reference, mirror, nearest = (x.gather(1, taken) for x in (reference, mirror, nearest))
-        place = candidates.gather(1, taken[..., None].expand(-1, -1, 2))
-        values = values.gather(1, taken[..., None, None].expand(-1, -1, 3, 9))[:, 0]
-        free, unit_angle = shifts.free(), 2 * math.pi / rings.n_angles
-        for step in range(PASSES):
-            if step:
-                values = peaks_by_kernel(some, place, references, reference, mirror, nearest, None)[:, 0]
-            moved, peak = quadratic_peak(values.unflatten(2, (3, 3)), (True, free[1], free[0]))
-            place = place + moved[:, None, [2, 1]]
-            turned = nearest[:, 0] + moved[:, 0]
-            nearest = turned.round().long()[:, None] % rings.n_angles
-        parts.append(Alignment(reference[:, 0], mirror[:, 0], (turned + 0.5) * unit_angle, place[:, 0], peak))
-    return Alignment(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Alignment)))
+    centres, statistics = centres.double(), torch.var_mean(images, (1, 2))
+    best = best_by_kernels(images, centres, references, shifts, statistics)
+    # the best few references and sides
+    best, which = best.topk(min(CANDIDATES, len(best)), dim=0)
+    value, shift, nearest = unpacked(best.T)
+    which = which.T
+    wanted = value >= value[:, :1] - MARGIN
+    around = centres[:, None] + table[shift]
+    reference, mirror = which // references.sides, which % references.sides == 1
+    values = peaks_by_kernel(images, statistics[1], around, references, reference, mirror, nearest, wanted)
+    taken = values[:, :, 1, 4].argmax(1, keepdim=True)
+    reference, mirror, nearest = (x.gather(1, taken) for x in (reference, mirror, nearest))
+    place = around.gather(1, taken[..., None].expand(-1, -1, 2))
+    values = values.gather(1, taken[..., None, None].expand(-1, -1, 3, 9))[:, 0]
+    free, unit_angle = shifts.free(), 2 * math.pi / rings.n_angles
+    for step in range(PASSES):
+        if step:
+            values = peaks_by_kernel(images, statistics[1], place, references, reference, mirror, nearest, None)[:, 0]
+        moved, peak = quadratic_peak(values.unflatten(2, (3, 3)), (True, free[1], free[0]))
+        place = place + moved[:, None].flip(2)[..., :2]
+        turned = nearest[:, 0] + moved[:, 0]
+        nearest = turned.round().long()[:, None] % rings.n_angles
+    return Alignment(reference[:, 0], mirror[:, 0], (turned + 0.5) * unit_angle, place[:, 0], peak)
 
 
 @functools.lru_cache(maxsize=16)
@@ -501,61 +568,102 @@ def _shift_table(shifts: Shifts, device: torch.device) -> Tensor:
 
 
 def best_by_kernels(
-    images: Tensor, centres: Tensor, references: References, shifts: Tensor, operand: Tensor, unit: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Highest correlation coefficients in half precision and the numbers of their angles: `(t, k, sides, n)` each."""
+    images: Tensor, centres: Tensor, references: References, shifts: Shifts, statistics: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Highest correlation coefficients in half precision, and where: `(k·sides, n)` int64, see :func:`unpacked`.
+
+    ``statistics``: variance and mean of each image.
+    """
     from torchem.kernels import correlation as kernels
     from torchem.kernels import polar as polar_kernels
 
-    rings, device = references.rings, images.device
-    tables = Tables.of(rings, device)
-    n, t, quarter, box = len(images), len(shifts), rings.n_angles // 4, rings.box
-    width = -(-n // TILE_IMAGES) * TILE_IMAGES
-    columns = torch.zeros((box * box, width), dtype=torch.float16, device=device)
-    columns[:, :n] = _columns(images, centres)
+    rings, device, sides = references.rings, images.device, references.sides
+    images = images.contiguous()
+    half = references.half or half_references(references)
+    tables, table = Tables.of(rings, half.n_frequencies, device), _shift_table(shifts, device).float()
+    n, t, quarter, box = len(images), len(table), rings.n_angles // 4, rings.box
+    all_rows, depth = half.operand.shape[1:]
+    pairs = all_rows // 2
+    variance, mean = statistics
+    scale = variance.clamp(min=1e-30).rsqrt()
+    whole = centres.round().int()
 
-    n_rings = len(rings.radii)
-    # the last rows are read together with rings that are not there, whose references are 0
-    n_rows = tables.n_rows + operand.shape[4]
-    spectra = torch.empty((t, n_rows, width), dtype=torch.float16, device=device)
-    spectra[:, tables.n_rows :] = 0
-    moments = torch.empty((t, n_rings, 2, width), device=device)
-    sample = 0
-    for length, first, count in rings.groups:
-        part = min(length // 4, 64)
-        polar_kernels.polar_spectra[(t * count, width // TILE_IMAGES, length // 4 // part)](
-            columns, tables.x, tables.y, shifts.float(), quarter_waves(length, torch.float16, device), tables.rows,
-            tables.ring_weights, spectra, moments, sample, first, count, length // 64, n_rings, n_rows, quarter,
-            width // 64, box, IMAGES=TILE_IMAGES, DEPTH=min(part, SPECTRA_DEPTH), FREQUENCIES=part,
-            num_warps=SPECTRA_WARPS, num_stages=1, maxnreg=SPECTRA_REGISTERS,
-        )  # fmt: skip
-        sample += length * count
-    mean, square = moments.sum(1).unbind(1)
-    variance = square - mean.square()
-    scale = torch.where(variance > 0, variance, torch.inf).rsqrt() * unit
+    # images, shifts and pairs of reference and side whose spectra and sums are held at once
+    pairs_at_once = min(pairs, sides * REFERENCES_AT_ONCE)
+    most = CHUNK_BYTES // (2 * (tables.n_rows + 2 * half.n_frequencies * pairs_at_once))
+    width = max(IMAGES, min(-(-n // IMAGES), most // (t * IMAGES)) * IMAGES)
+    t_at_once = max(1, min(t, most // width))
+    best = torch.full((pairs, -(-n // width) * width), torch.iinfo(torch.int64).min, dtype=torch.int64, device=device)
+    columns = torch.empty((box * box, width), dtype=torch.float16, device=device)
+    # the last frequency's rows are read together with rings that are not there
+    all_spectra = torch.empty((tables.n_rows + depth, t_at_once * width), dtype=torch.float16, device=device)
+    all_spectra[tables.n_rows :] = 0
+    for start, first in itertools.product(range(0, n, width), range(0, t, t_at_once)):
+        if first == 0:
+            part = slice(start, start + width)
+            polar_kernels.image_columns[(-(-box * box // 64), width // 64)](
+                images[part], mean[part], scale[part], whole[part], columns, min(width, n - start), width, box,
+                IMAGES=64, PIXELS=64, num_warps=8,
+            )  # fmt: skip
+        few = table[first : first + t_at_once]
+        n_total = len(few) * width
+        spectra = all_spectra.flatten()[: len(all_spectra) * n_total].view(-1, n_total)
+        if n_total < t_at_once * width:
+            spectra[tables.n_rows :] = 0
+        moments = torch.empty((2, len(rings.radii), n_total), dtype=torch.float32, device=device)
+        for length, ring, count in rings.groups:
+            frequencies = min(length, 2 * half.n_frequencies) // 4
+            together, deep, warps = _spectra_launch(length, frequencies)
+            polar_kernels.polar_spectra[(width // together, len(few), count)](
+                columns, few, tables.radii, tables.circles[length // 4], tables.waves[length // 4],
+                tables.first_row, tables.ring_counts, spectra, moments, ring, len(rings.radii), width,
+                n_total, box, QUARTER=length // 4, FREQUENCIES=frequencies, DEPTH=min(deep, length // 4),
+                IMAGES=together, num_warps=warps, num_stages=1,
+            )  # fmt: skip
+        average, squares = torch.matmul(tables.shares, moments)
+        spread = squares - average.square()
+        factor = torch.where(spread > 0, spread, torch.inf).rsqrt() / UNIT
+        for pair in range(0, pairs, pairs_at_once):
+            here = min(pairs_at_once, pairs - pair)
+            products = torch.empty((half.n_frequencies, 2 * here, n_total), dtype=torch.float16, device=device)
+            rows = min(SUM_ROWS, max(16, 1 << (2 * here - 1).bit_length()))
+            kernels.ring_sums[(-(-2 * here // rows), -(-n_total // SUM_COLUMNS), half.n_frequencies)](
+                half.operand[:, 2 * pair :], spectra, tables.first_row, tables.ring_counts, products, 2 * here,
+                all_rows, n_total, WIDTH=depth, ROWS=rows, COLUMNS=SUM_COLUMNS, DEPTH=RINGS_DEPTH,
+                num_warps=SUM_WARPS, num_stages=SUM_STAGES,
+            )  # fmt: skip
+            kernels.highest_angles[(n_total // ANGLE_COLUMNS, -(-here // ANGLE_PAIRS))](
+                products, tables.back_waves, factor, best[pair:, start:], here, first, width, best.shape[1], n_total,
+                QUARTER=quarter, FREQUENCIES=half.n_frequencies // 2, ANGLES=min(quarter, 64), COLUMNS=ANGLE_COLUMNS,
+                SIDES=sides, PAIRS=ANGLE_PAIRS, ANGLE_BITS=rings.n_angles.bit_length() - 1, num_warps=ANGLE_WARPS,
+                num_stages=max(1, min(ANGLE_STAGES, 192 // half.n_frequencies)),
+            )  # fmt: skip
+    return best[:, :n]
 
-    padded, sides = operand.shape[2], references.sides
-    values = torch.empty((t, padded, sides, width), device=device)
-    angles = torch.empty((t, padded, sides, width), dtype=torch.int16, device=device)
-    tiles = padded // TILE_REFERENCES
-    kernels.best_angles[(width // 16 * tiles, t)](
-        spectra, tables.rows, tables.ring_counts, operand, quarter_waves(rings.n_angles, torch.float16, device),
-        scale, values, angles, n_rows, quarter // 16, operand.shape[4] // 16, tiles, width // 64, padded // 4,
-        SIDES=sides, IMAGES=16, REFERENCES=TILE_REFERENCES, FREQUENCIES=min(quarter, ANGLES_DEPTH), RINGS=16,
-        ANGLES=min(quarter, 64),
-        num_warps=ANGLES_WARPS, num_stages=ANGLES_STAGES,
-    )  # fmt: skip
-    return values[:, : references.count, :, :n], angles[:, : references.count, :, :n]
+
+def _spectra_launch(length: int, frequencies: int) -> tuple[int, int, int]:
+    """Images and samples of a step and warps of a program: many frequencies leave registers for fewer of them."""
+    if length <= 256:
+        return (IMAGES, 32, 2) if frequencies <= 32 else (IMAGES, 64, 4)
+    return (IMAGES // 2, 32, 4) if frequencies <= 128 else (IMAGES // 2, 64, 8)
+
+
+def unpacked(best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 value and the numbers of shift and angle, packed into integers that sort as the values do."""
+    bits = (best >> 32).int()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), best >> 16 & 0xFFFF, best & 0xFFFF
 
 
 def peaks_by_kernel(
-    images: Tensor, centres: Tensor, references: References, reference: Tensor, mirror: Tensor, nearest: Tensor,
-    wanted: Tensor | None,
+    images: Tensor, means: Tensor, centres: Tensor, references: References, reference: Tensor, mirror: Tensor,
+    nearest: Tensor, wanted: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Correlation coefficients around the peaks of c candidates of each image in float32: `(n, c, 3, 9)`.
 
     Parameters
     ----------
+    means
+        `(n,)` of the images.
     centres
         `(n, c, 2)` float64.
     reference, mirror, nearest
@@ -566,27 +674,13 @@ def peaks_by_kernel(
     from torchem.kernels import correlation as kernels
 
     rings = references.rings
-    tables = Tables.of(rings, images.device)
+    x, y, ring, place, weights = Tables.of(rings, rings.n_angles // 2, images.device).samples
     out = torch.empty((*reference.shape, 3, 9), device=images.device)
     wanted = torch.ones_like(reference) if wanted is None else wanted
     integers = (x.int().contiguous() for x in (reference, mirror, nearest, wanted))
     kernels.peak_values[(reference.numel(),)](
-        images.contiguous(), tables.x, tables.y, tables.ring, tables.place, tables.weights, references.profiles,
-        centres.contiguous(), *integers, out, rings.n_samples, len(rings.radii), rings.n_angles, reference.shape[1],
-        rings.box, SAMPLES=64, num_warps=8,
+        images.contiguous(), means, x, y, ring, place, weights, references.profiles, centres.contiguous(), *integers,
+        out, len(x), len(rings.radii), reference.shape[1], rings.box, TWICE_ANGLES=2 * rings.n_angles,
+        SAMPLES=SHORTEST, num_warps=PEAK_WARPS,
     )  # fmt: skip
     return out
-
-
-def half_references(references: References) -> tuple[Tensor, Tensor]:
-    """Operand of the kernel `(2, a/4, padded, 2, rings)`, at most 1, and what its products are to be multiplied by."""
-    rings, k, sides = references.rings, references.count, references.sides
-    n_rings, padded = -(-len(rings.radii) // 16) * 16, -(-k // TILE_REFERENCES) * TILE_REFERENCES
-    like = references.spectra[0]
-    operand = like.new_zeros((2, rings.n_angles // 4, padded, 2, n_rings))
-    for band, values in zip(rings.bands, references.spectra, strict=True):
-        q = values.unflatten(3, (2, sides, k))[:, :, :, 0, 0]  # (2, 2, m, k, rings): Q, from the straight real parts
-        operand[:, band.low // 2 : band.high // 2, :k, :, : band.n_rings] = q.permute(1, 2, 3, 0, 4)
-    largest = operand.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    unit = torch.exp2(largest.log2().ceil())
-    return (operand / unit).half(), unit

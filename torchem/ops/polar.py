@@ -119,8 +119,8 @@ def polar_samples(images: Tensor, rings: Rings, centres: Tensor, neighbours: boo
     n = len(images)
     flat = images.flatten(1)
     index, fraction = [], []
-    for points, centre in zip(rings.points()[1:], centres.double().unbind(1), strict=True):
-        at = points.to(images.device) + (centre[:, None] + rings.centre)
+    for points, centre in zip(_points(rings, images.device), centres.double().unbind(1), strict=True):
+        at = points + (centre[:, None] + rings.centre)
         corner = at.floor()
         fraction.append((at - corner).to(images.dtype))
         index.append([(corner.int() + step).clamp(0, box - 1) for step in range(-around, around + 2)])
@@ -131,6 +131,12 @@ def polar_samples(images: Tensor, rings: Rings, centres: Tensor, neighbours: boo
         lines.append(torch.stack([left.lerp(right, fx) for left, right in itertools.pairwise(values)], 1))
     samples = [upper.lerp(lower, fy[:, None]) for upper, lower in itertools.pairwise(lines)]
     return torch.stack(samples, 1) if neighbours else samples[0].reshape(n, -1)
+
+
+@functools.lru_cache(maxsize=16)
+def _points(rings: Rings, device: torch.device) -> tuple[Tensor, Tensor]:
+    _, x, y = rings.points()
+    return x.to(device), y.to(device)
 
 
 @functools.lru_cache(maxsize=1024)
