@@ -24,6 +24,8 @@ Options = TypeVar("Options")
 
 # what a disk or a folder may refuse, before and during a run
 _DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+# after this, not 5 ms, another thread has its turn: those that read images and wake the GPU wait at every step
+_SWITCH_SECONDS = 2e-4
 
 
 def to_options(schema: type[Options], settings: Any) -> Options:
@@ -98,6 +100,7 @@ def telling(interrupted: str) -> Iterator[None]:
 
 def wake(device: torch.device) -> None:
     """Start a GPU beside other work, and what takes long at its first use: transforms, products, sorting, Triton."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
     if device.type == "cuda":
         threading.Thread(target=_wake, args=(device,)).start()
 

@@ -288,8 +288,8 @@ class ParticleImages:
 
     def _load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         images = torch.from_numpy(self._particles.images(indices.numpy())).to(self._device, self._dtype)
-        flat = images.flatten(1)
-        usable = (torch.isfinite(flat).all(1) & (flat.amax(1) > flat.amin(1))).cpu()
+        lowest, highest = images.flatten(1).aminmax(dim=1)
+        usable = (torch.isfinite(lowest) & torch.isfinite(highest) & (highest > lowest)).cpu()
         for particle in indices[~usable].tolist():
             if particle not in self.unusable:
                 self.unusable.add(particle)

@@ -136,7 +136,8 @@ def _halves(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """
     if not values.is_cuda or values.dtype != torch.float32:
         return torch.nn.functional.pad(values, (0, width - values.shape[-1])), values.new_ones(())
-    unit = values.abs().amax().clamp(min=1e-30) / 2.0**14
+    lowest, highest = values.aminmax()
+    unit = torch.maximum(-lowest, highest).clamp(min=1e-30) / 2.0**14
     halves = values.new_zeros((*values.shape[:-1], width), dtype=torch.float16)
     torch.div(values, unit, out=halves[..., : values.shape[-1]])
     return halves, unit
@@ -186,9 +187,8 @@ def add_dense(
     kept_halves, kept_unit = _halves(kept, j)
     numerators = torch.zeros((n_fine, width), dtype=kept.dtype, device=rows.device)
     denominators = torch.zeros((n_fine, n_pixels), dtype=kept.dtype, device=rows.device)
-    starts = torch.searchsorted(rows, torch.arange(0, n + slab, slab, device=rows.device)).tolist()
-    for number, (begin, end) in enumerate(pairwise(starts)):
-        part = slice(number * slab, min((number + 1) * slab, n))
+
+    def add(part: slice, begin: int, end: int) -> None:
         m = part.stop - part.start
         row, where = rows[begin:end] - part.start, orientation[begin:end]
         w = kept_halves.new_zeros((m, len(phases) // j, j, n_fine // o, o))
@@ -208,8 +208,12 @@ def add_dense(
         b = by_orientation @ slice_power * operands.ctf2[part]
         scale = operands.scale[part, None]
         difference = scale * (scale * b - 2 * a)
-        residual += difference.sum(0, dtype=torch.float64)
+        residual.add_(difference.sum(0, dtype=torch.float64))
         figures[part] = torch.stack((difference.sum(1), a @ operands.strong, b @ operands.strong), 1).double()
+
+    starts = torch.searchsorted(rows, torch.arange(0, n + slab, slab, device=rows.device)).tolist()
+    for number, (begin, end) in enumerate(pairwise(starts)):
+        add(slice(number * slab, min((number + 1) * slab, n)), begin, end)
     numerators = torch.view_as_complex(numerators.unflatten(1, (-1, 2)))[:, :n_pixels]
     slices.insert(sums.data, sums.weight, numerators, denominators)
     return residual, figures
