@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchem.ops.polar import SHORTEST, Rings, polar_samples, quarter_waves, resampling, ring_spectra
+from torchem.ops.polar import SHORTEST, Rings, centred, polar_samples, quarter_waves, resampling, ring_spectra
 
 # images of one block of the matrix products on a CPU, and of a peak's refinement
 BLOCK = 96
@@ -127,7 +127,8 @@ class Alignment:
 def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) -> References:
     """Sample, normalise and transform references `(k, L, L)`, to be compared straight and, if so, mirrored."""
     k = len(references)
-    samples = polar_samples(references, rings, references.new_zeros((k, 2))).T
+    pixels, shares = centred(rings, references.dtype, references.device)
+    samples = (references.flatten(1)[:, pixels] * shares).sum(2).T
     weights = _weights(rings, samples.dtype, samples.device)
     samples = samples - weights @ samples
     power = weights @ samples.square()

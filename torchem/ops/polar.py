@@ -139,25 +139,35 @@ def _points(rings: Rings, device: torch.device) -> tuple[Tensor, Tensor]:
     return x.to(device), y.to(device)
 
 
-@functools.lru_cache(maxsize=1024)
-def resampling(rings: Rings, x: float, y: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """:func:`polar_samples` at one centre as a sparse matrix `(samples, L²)`."""
+@functools.lru_cache(maxsize=16)
+def centred(rings: Rings, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """:func:`polar_samples` of images that lie at their centre: four pixels `(samples, 4)` and the share of each."""
+    pixels, shares = _corners(rings, 0.0, 0.0)
+    return pixels.long().to(device), shares.to(device, dtype)
+
+
+def _corners(rings: Rings, x: float, y: float) -> tuple[Tensor, Tensor]:
+    """Numbers of the four pixels around each sample of one centre, int32, and their shares, `(samples, 4)`."""
     box = rings.box
     _, px, py = rings.points()
-    values, columns = [], []
     at_x, at_y = ((p + rings.centre + c).clamp(0, box - 1) for p, c in ((px, x), (py, y)))
     left, top = at_x.floor().clamp(max=box - 2), at_y.floor().clamp(max=box - 2)
     fx, fy = at_x - left, at_y - top
-    for step, weight in ((0, (1 - fx) * (1 - fy)), (1, fx * (1 - fy)), (box, (1 - fx) * fy), (box + 1, fx * fy)):
-        columns.append((top * box + left).int() + step)
-        values.append(weight.to(dtype))
-    rows = torch.arange(0, 4 * len(px) + 1, 4, dtype=torch.int32)
+    first = (top * box + left).int()
+    pixels = torch.stack([first, first + 1, first + box, first + box + 1], 1)
+    return pixels, torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def resampling(rings: Rings, x: float, y: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """:func:`polar_samples` at one centre as a sparse matrix `(samples, L²)`."""
+    pixels, shares = _corners(rings, x, y)
+    rows = torch.arange(0, pixels.numel() + 1, 4, dtype=torch.int32)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(
-            rows, torch.stack(columns, 1).flatten(), torch.stack(values, 1).flatten(), (len(px), box * box),
-            check_invariants=False,
-        ).to(device)  # fmt: skip
+            rows, pixels.flatten(), shares.to(dtype).flatten(), (len(pixels), rings.box**2), check_invariants=False
+        ).to(device)
 
 
 @functools.lru_cache(maxsize=64)
