@@ -111,6 +111,9 @@ def test_images_of_several_stacks_in_any_order(stacks):
     assert len(images) == 5 and images.files == ["a.mrcs", "b.mrc"]
     np.testing.assert_array_equal(images.read(range(5)), expected)
     np.testing.assert_array_equal(images.read([3, 0, 3]), expected[[3, 0, 3]])
+    given = np.empty((2, *expected.shape[1:]), np.float32)
+    assert images.read([1, 2], given) is given
+    np.testing.assert_array_equal(given, expected[[1, 2]])
 
 
 def test_a_name_without_at_is_one_image(tmp_path):

@@ -205,8 +205,8 @@ class ImageStacks:
                     "particles"
                 )
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Images `(n, L, L)` float32 of the rows ``indices``, all of one size.
+    def read(self, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Images `(n, L, L)` float32 of the rows ``indices``, all of one size; in ``out``, if there is one.
 
         Raises
         ------
@@ -219,7 +219,7 @@ class ImageStacks:
             raise InputError(
                 f"images of different sizes read together: {sorted(shapes)}; read one optics group at a time"
             )
-        images = np.empty((len(indices), *shapes.pop()), np.float32)
+        images = np.empty((len(indices), *shapes.pop()), np.float32) if out is None else out
         files, positions = self.file[indices], self.position[indices]
         stacks = {file: self._open(file) for file in np.unique(files).tolist()}
         counts = np.array([len(stacks[file]) for file in files.tolist()])

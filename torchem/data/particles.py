@@ -215,9 +215,9 @@ class Particles:
         """The stacks that hold the images."""
         return ImageStacks(self.table["rlnImageName"].tolist(), self._resolve, self.source)
 
-    def images(self, indices: np.ndarray | list[int]) -> np.ndarray:
-        """Images `(n, L, L)` float32, bright on dark, of rows of one box size."""
-        images = self.stacks.read(indices)
+    def images(self, indices: np.ndarray | list[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Images `(n, L, L)` float32, bright on dark, of rows of one box size; in ``out``, if there is one."""
+        images = self.stacks.read(indices, out)
         if SIGN_LABEL in self.table:
             images *= self._numbers(SIGN_LABEL)[np.asarray(indices)].astype(np.float32)[:, None, None]
         return images

@@ -287,7 +287,7 @@ class ParticleImages:
         return self._load(torch.from_numpy(members[:NOISE_PARTICLES]))
 
     def _load(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(self._particles.images(indices.numpy())).to(self._device, self._dtype)
+        images = self._on_host(indices).to(self._device, non_blocking=True).to(self._dtype)
         lowest, highest = images.flatten(1).aminmax(dim=1)
         usable = (torch.isfinite(lowest) & torch.isfinite(highest) & (highest > lowest)).cpu()
         for particle in indices[~usable].tolist():
@@ -298,6 +298,15 @@ class ParticleImages:
         if not bool(usable.all()):
             images = images[usable.to(self._device)]
         return images, indices[usable]
+
+    def _on_host(self, indices: Tensor) -> Tensor:
+        """For a GPU in pinned memory: it is used again and again, and sent without being copied once more."""
+        if self._device.type != "cuda":
+            return torch.from_numpy(self._particles.images(indices.numpy()))
+        box = self._particles.optics[int(self._particles.optics_group[int(indices[0])])].box
+        images = torch.empty((len(indices), box, box), pin_memory=True)
+        self._particles.images(indices.numpy(), images.numpy())
+        return images
 
 
 def estimate_noise(
