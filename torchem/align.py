@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from torchem.commands import check_option_names, telling, to_options, wake
+from torchem.commands import check_option_names, output_folder, resumed, telling, to_options, wake
 from torchem.errors import InputError
 from torchem.mra.options import AlignOptions
 from torchem.runtime import run_folder
 from torchem.runtime.progress import Progress, duration
+from torchem.runtime.run_folder import ALIGNED as MARK
 from torchem.runtime.run_folder import RunState
 
 if TYPE_CHECKING:
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from torchem.runtime.distributed import World
 
 log = logging.getLogger("torchem.align")
-
-# the file that an iteration writes last; as in torchem.mra.output, whose import would wait for PyTorch
-MARK = "data.star"
 
 
 @dataclass(frozen=True)
@@ -83,12 +80,10 @@ def _command(config: DictConfig) -> None:
         from torchem.runtime import distributed
 
         options = to_options(AlignOptions, OmegaConf.to_container(config, resolve=True))
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         world = distributed.start(options.distributed.backend, options.device)
         wake(world.device)
         with Progress(speaking=world.rank == 0) as progress:
-            run(options, folder, world, progress)
+            run(options, output_folder(), world, progress)
 
 
 def run(options: AlignOptions, folder: Path, world: World, progress: Progress) -> None:
@@ -124,15 +119,9 @@ def plan(options: AlignOptions, folder: Path) -> Job:
     """
     if options.resume not in ("auto", "never"):
         folder = Path(options.resume)
-        state = run_folder.inspect(folder, MARK)
-        if state.settings is None:
-            raise InputError(f"resume={folder}: no run is there; give the folder that holds its config.yaml")
-        default = run_folder.flatten(asdict(AlignOptions()))
-        settings = OmegaConf.create(state.settings)
-        for option, value in run_folder.flatten(asdict(options)).items():
-            if value != default[option] or run_folder.may_change(option):
-                OmegaConf.update(settings, option, value)
-        options = to_options(AlignOptions, settings)
+        options = resumed(
+            AlignOptions, run_folder.settings_of(folder, MARK), asdict(options), asdict(AlignOptions())
+        )
     options.check()
     if (options.dataset.star is None) == (options.images is None):
         raise InputError(
@@ -144,14 +133,9 @@ def plan(options: AlignOptions, folder: Path) -> Job:
     if options.resume == "never" and (state.used or state.settings is not None):
         log.info("%s moved aside to %s", folder, run_folder.move_aside(folder))
         state = run_folder.inspect(folder, MARK)
-    if state.settings is not None and (changed := run_folder.changes(state.settings, asdict(options))):
-        if state.used or "mode" not in state.settings:
-            raise InputError(
-                f"{folder}: holds a run with other settings; start a new one with run_name=NEW, "
-                "or move this one aside with resume=never. Changed:\n  " + "\n  ".join(changed)
-            )
-    elif state.used and state.settings is None:
-        raise InputError(f"{folder}: holds a run that torchem did not start; choose another with run_name=NEW")
+    # the folder of another command is not taken over, whatever it has come to
+    if state.used or (state.settings is not None and "mode" not in state.settings):
+        run_folder.refuse_other(state, asdict(options))
     return Job(options, state)
 
 

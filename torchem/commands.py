@@ -7,15 +7,18 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchem.errors import InputError
+from torchem.runtime import run_folder
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +70,23 @@ def check_option_names(arguments: Sequence[str], known: Collection[str], groups:
         ]
         advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"
         raise InputError(f"{argument}: there is no option {name}; {advice}")
+
+
+def resumed(
+    schema: type[Options], settings: Mapping[str, Any], given: Mapping[str, Any], default: Mapping[str, Any]
+) -> Options:
+    """Options of a run's `settings`, but for those `given` that are not the `default`, or may change."""
+    config, usual = OmegaConf.create(dict(settings)), run_folder.flatten(default)
+    for option, value in run_folder.flatten(given).items():
+        if value != usual.get(option) or run_folder.may_change(option):
+            OmegaConf.update(config, option, value)
+    return to_options(schema, config)
+
+
+def output_folder() -> Path:
+    """The folder that Hydra made, relative to the current one if it is inside: RELION's files name each other so."""
+    folder, here = Path(HydraConfig.get().runtime.output_dir), Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 @contextmanager

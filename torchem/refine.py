@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from torchem.commands import check_option_names, telling, to_options, wake
+from torchem.commands import check_option_names, output_folder, resumed, telling, to_options, wake
 from torchem.em.options import DatasetOptions, RefineOptions, StandIn
 from torchem.errors import InputError
 from torchem.runtime import run_folder
@@ -104,9 +103,6 @@ def _command(config: DictConfig) -> None:
         from torchem.runtime import distributed, memory
 
         options = to_options(RefineOptions, OmegaConf.to_container(config, resolve=True))
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        # RELION's files name each other as seen from the project's folder
-        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         distributed.be_deterministic(options.deterministic)
         wanted = options.memory
         wanted.check()
@@ -120,7 +116,7 @@ def _command(config: DictConfig) -> None:
         world = distributed.start(options.distributed.backend, options.device, install)
         wake(world.device)
         with Progress(speaking=world.rank == 0) as progress:
-            refine(options, folder, world, progress)
+            refine(options, output_folder(), world, progress)
 
 
 def known_options() -> list[str]:
@@ -170,30 +166,16 @@ def plan(options: RefineOptions, folder: Path) -> Job:
         log.info("%s moved aside to %s", folder, run_folder.move_aside(folder))
         state = run_folder.inspect(folder)
     if state.used:
-        if state.settings is None:
-            raise InputError(f"{folder}: holds a run that torchem did not start; choose another with run_name=NEW")
-        changed = run_folder.changes(state.settings, asdict(options))
-        if changed:
-            raise InputError(
-                f"{folder}: holds a run with other settings; start a new one with run_name=NEW, "
-                "or move this one aside with resume=never. Changed:\n  " + "\n  ".join(changed)
-            )
+        run_folder.refuse_other(state, asdict(options))
     return Job(options, state, simulated)
 
 
 def _with_settings_of(folder: Path, options: RefineOptions) -> RefineOptions:
     """Take the settings of the run in `folder` where none other than the default is given."""
-    state = run_folder.inspect(folder)
-    if state.settings is None:
-        raise InputError(f"resume={folder}: no run is there; give the folder that holds its config.yaml")
+    settings = run_folder.settings_of(folder)
     if options.dataset != DatasetOptions():
         options, _ = complete(options)
-    default = run_folder.flatten(asdict(RefineOptions()))
-    settings = OmegaConf.create(state.settings)
-    for option, value in run_folder.flatten(asdict(options)).items():
-        if value != default.get(option) or run_folder.may_change(option):
-            OmegaConf.update(settings, option, value)
-    return to_options(RefineOptions, settings)
+    return resumed(RefineOptions, settings, asdict(options), asdict(RefineOptions()))
 
 
 def finished(job: Job) -> bool:

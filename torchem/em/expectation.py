@@ -122,7 +122,9 @@ def _precision(slices: Tensor, weights: Tensor) -> str:
 
 
 def _bears_half_precision(slices: Slices, weights: Tensor) -> bool:
-    """Whether slices of volumes rounded to half precision score these images `(n, p)` of weights well enough."""
+    """Whether kernels may take slices from volumes in half precision, for images of these weights `(n, p)`."""
+    if not slices.on_gpu:
+        return False
     some = torch.linspace(0, len(slices) - 1, min(len(slices), SOME_SLICES), device=weights.device).long()
     return _precision(slices[some].cut(), weights) in ("fp16", "split")
 

@@ -5,7 +5,6 @@ written on a thread, from a copy of the state, while the next iteration is compu
 """
 
 import dataclasses
-import io
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchem.data.checkpoint import read_checkpoint, write_checkpoint
 from torchem.data.files import replacing
 from torchem.data.mrc import write_map
 from torchem.data.particles import Particles
@@ -237,22 +237,15 @@ def save_checkpoint(path: Path, state: State) -> None:
     plain["halves"] = [dict(vars(half)) for half in state.halves]
     plain["sampling"] = dataclasses.asdict(state.sampling)
     plain["poses"] = dict(vars(state.poses))
-    plain["generator"] = state.generator.get_state()
-    buffer = io.BytesIO()
-    torch.save(plain, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write_checkpoint(path, plain)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> State:
     """Read :func:`save_checkpoint`'s file, the models onto a device."""
-    plain = torch.load(path, map_location="cpu", weights_only=True)
+    plain = read_checkpoint(path)
     plain["halves"] = [Model(**_on_device(half, device)) for half in plain["halves"]]
     plain["sampling"] = Sampling(**plain["sampling"])
     plain["poses"] = Poses(**plain["poses"])
-    generator = torch.Generator()
-    generator.set_state(plain["generator"])
-    plain["generator"] = generator
     return State(**plain)
 
 

@@ -36,7 +36,7 @@ from torchem.imaging.resolution import raised_cosine_lowpass, resolution_at
 from torchem.imaging.symmetry import euler_angles, operators
 from torchem.runtime import memory
 from torchem.runtime.cpu import allow_fast_products
-from torchem.runtime.distributed import World, be_deterministic
+from torchem.runtime.distributed import World, be_deterministic, device_named
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class Refiner:
         options.check_against(particles)
         assert options.dataset.particle_diameter is not None
         self.options, self.particles, self.diameter = options, particles, options.dataset.particle_diameter
-        self.world = world or World(device=_device(options.device))
+        self.world = world or World(device=device_named(options.device))
         self.device = self.world.device
         if self.device.type == "cpu":
             with memory.scope("chunk"):
@@ -424,9 +424,3 @@ class Refiner:
 def _zero_poses(n: int) -> Poses:
     zeros = torch.zeros(n, dtype=torch.float64)
     return Poses.initial(torch.zeros((n, 3), dtype=torch.float64), torch.zeros((n, 2), dtype=torch.float64), zeros)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device=cuda: no CUDA device is here; use device=cpu or device=auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

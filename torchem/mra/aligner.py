@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 
 from torchem.data.images import Images
-from torchem.errors import InputError
 from torchem.imaging.planar import transformed
 from torchem.mra.averages import (
     SMALLEST,
@@ -38,7 +38,7 @@ from torchem.mra.options import AlignOptions
 from torchem.mra.output import Output, load_checkpoint
 from torchem.mra.state import Iteration, State
 from torchem.ops.correlation import Alignment, Shifts, align, prepare_references
-from torchem.runtime.distributed import World
+from torchem.runtime.distributed import World, device_named
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ SMALL_SHARE, LOW_SHARE, HIGH_SHARE = 0.2, 0.5, 2.0
 POWER_GAIN = 1e-3
 
 
-class _Aligner:
+class _Aligner(ABC):
     """What both have in common: iterating, one pass over all images, files."""
 
     def __init__(
@@ -86,11 +86,13 @@ class _Aligner:
                 self.output.write(iteration, self.state, self.state.iteration == self.options.max_iterations)
             yield iteration
 
+    @abstractmethod
     def step(self) -> Iteration:
-        raise NotImplementedError
+        """One iteration."""
 
+    @abstractmethod
     def _start(self) -> Tensor:
-        raise NotImplementedError
+        """The first references `(k, L, L)`, where none are given."""
 
     def _set_up(
         self, options: AlignOptions, images: Images, folder: Path | str | None, world: World | None, simulated: bool,
@@ -98,7 +100,7 @@ class _Aligner:
     ) -> None:  # fmt: skip
         options.check()
         self.options, self.images, self.progress = options, images, progress
-        self.world = world or World(device=_device(options.device))
+        self.world = world or World(device=device_named(options.device))
         self.device = self.world.device
         self.rings = options.rings(images.box)
         self.batches = Batches(images, self.world.share(len(images)), self.device)
@@ -292,9 +294,3 @@ def _table(state: State, images: Images) -> pd.DataFrame:
         "peak": alignment.peak.numpy(),
         "pixel_error": state.pixel_error.numpy(),
     })  # fmt: skip
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device=cuda: no CUDA device is here; use device=cpu or device=auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

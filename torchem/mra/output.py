@@ -6,26 +6,23 @@ Files are written under temporary names; the table comes last and marks the iter
 from __future__ import annotations
 
 import dataclasses
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from torchem.data.alignment import to_relion, write_parameters
-from torchem.data.files import replacing
+from torchem.data.checkpoint import read_checkpoint, write_checkpoint
 from torchem.data.images import Images
 from torchem.data.mrc import write_stack
 from torchem.data.star import write_star
 from torchem.errors import InputError
 from torchem.mra.state import Iteration, State
 from torchem.ops.correlation import Alignment
+from torchem.runtime.run_folder import ALIGNED as MARK
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# what marks an iteration, and the end of the run, as whole
-MARK = "data.star"
 
 
 class Output:
@@ -82,11 +79,7 @@ def save_checkpoint(path: Path, state: State) -> None:
     plain = dict(vars(state))
     plain["alignment"] = dict(vars(state.alignment))
     plain["references"] = state.references.cpu().clone()
-    plain["generator"] = state.generator.get_state()
-    buffer = io.BytesIO()
-    torch.save(plain, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write_checkpoint(path, plain)
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> State:
@@ -101,10 +94,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State:
     if not marks:
         raise InputError(f"{folder}: holds no whole iteration of torchem; start a new run with run_name=NEW")
     name = marks[-1].name.removesuffix(MARK) + "checkpoint.pt"
-    plain = torch.load(folder / name, map_location="cpu", weights_only=True)
+    plain = read_checkpoint(folder / name)
     plain["alignment"] = Alignment(**plain["alignment"])
     plain["references"] = plain["references"].to(device)
-    generator = torch.Generator()
-    generator.set_state(plain["generator"])
-    plain["generator"] = generator
     return State(**plain)

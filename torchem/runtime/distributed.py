@@ -121,6 +121,19 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch(0, 1, 0, address, port("alone"))
 
 
+def device_named(name: str) -> torch.device:
+    """``cpu``, ``cuda``, or ``auto``: the GPU if there is one; for a process that works alone.
+
+    Raises
+    ------
+    InputError
+        A GPU that is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda: no CUDA device is here; use device=cpu or device=auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def start(
     backend: str = "auto", device: str = "auto", before: Callable[[torch.device], None] | None = None
 ) -> World:

@@ -19,6 +19,8 @@ import yaml
 
 from torchem.errors import InputError
 
+# ends the name of the file that an iteration writes last: of a refinement, and of an alignment
+REFINED, ALIGNED = "optimiser.star", "data.star"
 # what may differ between two commands of one run: the result does not hang on it
 _FREE = ("device", "distributed.", "memory.", "resume", "run_name", "dataset.source")
 
@@ -37,7 +39,7 @@ class RunState:
         return self.iteration is not None or self.finished
 
 
-def inspect(folder: Path, mark: str = "optimiser.star") -> RunState:
+def inspect(folder: Path, mark: str = REFINED) -> RunState:
     """Read the state of a run folder, which need not exist; ``mark`` ends the name of what is written last."""
     names = os.listdir(folder) if folder.is_dir() else []
     iteration = re.compile(rf"run_it(\d{{3,}})_{re.escape(mark)}")
@@ -77,6 +79,32 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for option in sorted(old.keys() | new.keys())
         if old.get(option) != new.get(option) and not may_change(option)
     ]
+
+
+def refuse_other(state: RunState, now: Mapping[str, Any]) -> None:
+    """Raise `InputError` if what a folder holds was not begun with the settings `now`."""
+    folder = state.folder
+    if state.settings is None:
+        raise InputError(f"{folder}: holds a run that torchem did not start; choose another with run_name=NEW")
+    if changed := changes(state.settings, now):
+        raise InputError(
+            f"{folder}: holds a run with other settings; start a new one with run_name=NEW, "
+            "or move this one aside with resume=never. Changed:\n  " + "\n  ".join(changed)
+        )
+
+
+def settings_of(folder: Path, mark: str = REFINED) -> dict[str, Any]:
+    """Settings of the run in `folder`.
+
+    Raises
+    ------
+    InputError
+        No run is there.
+    """
+    state = inspect(folder, mark)
+    if state.settings is None:
+        raise InputError(f"resume={folder}: no run is there; give the folder that holds its config.yaml")
+    return state.settings
 
 
 def move_aside(folder: Path) -> Path:
