@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib
 import os
 import sys
 import threading
@@ -27,7 +28,7 @@ Options = TypeVar("Options")
 
 # what a disk or a folder may refuse, before and during a run
 _DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
-# after this, not 5 ms, another thread has its turn: those that read images and wake the GPU wait at every step
+# after this, not 5 ms, another thread has its turn: those that import, read images and write wait at every step
 _SWITCH_SECONDS = 2e-4
 
 
@@ -118,9 +119,19 @@ def telling(interrupted: str) -> Iterator[None]:
         _fail(f"interrupted: {interrupted}", status=130)
 
 
+def import_beside(*modules: str) -> None:
+    """Import modules that take long on a thread beside other work; who needs one meanwhile waits for it."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
+
+    def load() -> None:
+        for module in modules:
+            importlib.import_module(module)
+
+    threading.Thread(target=load).start()
+
+
 def wake(device: torch.device) -> None:
     """Start a GPU beside other work, and what takes long at its first use: transforms, products, sorting, Triton."""
-    sys.setswitchinterval(_SWITCH_SECONDS)
     if device.type == "cuda":
         threading.Thread(target=_wake, args=(device,)).start()
 

@@ -13,10 +13,8 @@ unit and default: torchem/em/options.py, or ``--cfg job``.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -27,7 +25,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from torchem.commands import check_option_names, output_folder, resumed, telling, to_options, wake
+from torchem.commands import check_option_names, import_beside, output_folder, resumed, telling, to_options, wake
 from torchem.em.options import DatasetOptions, RefineOptions, StandIn
 from torchem.errors import InputError
 from torchem.runtime import run_folder
@@ -100,6 +98,8 @@ _INTERRUPTED = "the same command again goes on after the last whole iteration"
 @hydra.main(version_base="1.3", config_path="pkg://torchem.configs", config_name="refine")
 def _command(config: DictConfig) -> None:
     with telling(_INTERRUPTED):
+        # beside PyTorch: tables, and what draws the picture in the end
+        import_beside("pandas", "torchem.report.run_figure")
         from torchem.runtime import distributed, memory
 
         options = to_options(RefineOptions, OmegaConf.to_container(config, resolve=True))
@@ -319,9 +319,6 @@ def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None
         job.options, inputs.particles, inputs.reference, inputs.mask,
         folder=state.folder, world=world, simulated=job.simulated, progress=progress.task("particles"),
     )  # fmt: skip
-    if world.rank == 0:
-        # what draws the picture in the end takes a while to load
-        threading.Thread(target=importlib.import_module, args=("torchem.report.run_figure",)).start()
     arena, told, traced = memory.installed(), 0, job.options.memory.trace
     try:
         for iteration in refiner:

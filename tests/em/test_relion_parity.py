@@ -30,7 +30,7 @@ from torchem.data.star import read_star
 from torchem.em import maximization as m_step
 from torchem.em import schedule
 from torchem.em.expectation import BatchResult, Expectation, ExpectationSettings, relative_to_mean
-from torchem.em.images import ImageBatch, ImageGeometry, ParticleImages, estimate_noise, prepare_images
+from torchem.em.images import ImageBatch, ImageGeometry, ParticleImages, estimate_noise, modulations, prepare_images
 from torchem.em.model import Model, Poses, State
 from torchem.em.sampling import Grid, Sampling
 from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform
@@ -402,15 +402,12 @@ def test_accuracies(data: Path, run: str, iteration: int, monkeypatch: pytest.Mo
     geometry = ImageGeometry.of(
         particles.optics[0], min(BOX, size + 2), BOX, PIXEL, torch.float64, torch.device("cpu")
     )  # fmt: skip
-    batch = prepare_images(
-        torch.zeros((80, BOX, BOX)).double(), torch.arange(80), geometry, torch.from_numpy(particles.ctf_parameters),
-        torch.ones(80), torch.zeros((80, 2)).double(), DIAMETER, None, 0,
-    )  # fmt: skip
+    ctf, _ = modulations(geometry, torch.from_numpy(particles.ctf_parameters), 80, torch.float64)
     noise = torch.from_numpy(before.sigma2_noise[0].astype(float))
     model = Model.initial(maps_of(folder, run, iteration, "_half1"), [noise], 1, 1)
     euler = table.reindex(columns=["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"], fill_value=0.0).to_numpy(float)
     angle, shift, share = schedule.estimate_accuracy(
-        model, batch, (1 / noise)[geometry.pixels.shell[: geometry.n_pixels]], torch.from_numpy(euler),
+        model, geometry, ctf, (1 / noise)[geometry.pixels.shell[: geometry.n_pixels]], torch.from_numpy(euler),
         torch.zeros(80, dtype=torch.int64), size // 2, 2, torch.Generator(),
     )  # fmt: skip
     assert angle == pytest.approx(after.classes[0].acc_rot, abs=0.11)

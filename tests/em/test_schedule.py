@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.em import plain_em as em
 from torchem.em import schedule
-from torchem.em.images import ImageGeometry, prepare_images
+from torchem.em.images import ImageGeometry, modulations
 from torchem.em.model import Model, Poses, State
 from torchem.em.sampling import Sampling
 from torchem.imaging.ctf import Optics
@@ -199,16 +199,13 @@ def test_accuracy_follows_the_noise(ndim: int) -> None:
     reference = torch.from_numpy(em.phantom(box, pixel, rng, ndim))
     optics = Optics("one", 300.0, 2.7, 0.1, pixel, box)
     geometry = ImageGeometry.of(optics, 20, box, pixel, torch.float64, torch.device("cpu"))
-    batch = prepare_images(
-        torch.zeros((n, box, box)).double(), torch.arange(n), geometry, None, torch.ones(n),
-        torch.zeros((n, 2)).double(), 70.0, None, 0,
-    )  # fmt: skip
+    ctf, _ = modulations(geometry, None, n, torch.float64)
     euler = torch.from_numpy(rng.uniform(0, 180, (n, 3))) * torch.tensor([ndim - 2, ndim - 2, 1])
     model = Model.initial(reference[None], [torch.zeros(box // 2 + 1)], 1, 1)
 
     def accuracy(sigma2: float) -> tuple[float, float, Tensor]:
         return schedule.estimate_accuracy(
-            model, batch, torch.full((geometry.n_pixels,), 1 / sigma2).double(), euler,
+            model, geometry, ctf, torch.full((geometry.n_pixels,), 1 / sigma2).double(), euler,
             torch.zeros(n, dtype=torch.int64), 10, 2, torch.Generator().manual_seed(0),
         )  # fmt: skip
 
@@ -234,14 +231,11 @@ def test_accuracy_threshold_is_where_the_difference_passes() -> None:
     reference = torch.exp(-((axis[:, None] - 1) ** 2 + (axis - 8) ** 2) / 8)
     optics = Optics("one", 300.0, 2.7, 0.1, pixel, box)
     geometry = ImageGeometry.of(optics, 28, box, pixel, torch.float64, torch.device("cpu"))
-    batch = prepare_images(
-        torch.zeros((1, box, box)).double(), torch.arange(1), geometry, None, torch.ones(1),
-        torch.zeros((1, 2)).double(), 80.0, None, 0,
-    )  # fmt: skip
+    ctf, _ = modulations(geometry, None, 1, torch.float64)
     sigma2 = 2e-5
     model = Model.initial(reference[None], [torch.zeros(box // 2 + 1)], 1, 1)
     angle, _, _ = schedule.estimate_accuracy(
-        model, batch, torch.full((geometry.n_pixels,), 1 / sigma2).double(), torch.zeros((1, 3)).double(),
+        model, geometry, ctf, torch.full((geometry.n_pixels,), 1 / sigma2).double(), torch.zeros((1, 3)).double(),
         torch.zeros(1, dtype=torch.int64), 14, 2, torch.Generator(),
     )  # fmt: skip
 

@@ -51,7 +51,7 @@ class Recorder(Expectation):
 
     def _fine_pass(self, *args) -> tuple[Tensor, Posterior]:
         weights, found = super()._fine_pass(*args)
-        self.fine.append((args[3], weights, found.log_total))
+        self.fine.append((args[4], weights, found.log_total))
         return weights, found
 
 

@@ -89,8 +89,8 @@ def _counting(counts: Counts) -> type[Expectation]:
     """An E-step that notes in ``counts`` what it holds."""
 
     class Counting(Expectation):
-        def _fine_pass(self, batch: Any, inverse_sigma2: Tensor, scale: Tensor, samples: Any) -> Any:
-            weights, found = super()._fine_pass(batch, inverse_sigma2, scale, samples)
+        def _fine_pass(self, batch: Any, *arguments: Any) -> Any:
+            weights, found = super()._fine_pass(batch, *arguments)
             counts.children = self.grid.orientation_children * self.grid.translation_children
             counts.held.append(held_bytes(weights))
             if self.settings.local_sigma is None:

@@ -178,7 +178,8 @@ def _words(column: pd.Series) -> list[str]:
     if values.dtype.kind == "f" and values.dtype != np.float64:
         return values.astype(str).tolist()  # shortest digits of a float32
     if values.dtype.kind in "fiu":
-        return list(map(repr, values.tolist()))
+        # not map: a thread that writes gives way to the others between two values only in a loop of Python's own
+        return [repr(value) for value in values.tolist()]
     return [_word(value) for value in values.tolist()]
 
 

@@ -188,9 +188,11 @@ class Expectation:
         scale: Tensor, samples: Samples,
     ) -> BatchResult:  # fmt: skip
         """Fine pass and sums of particles whose weights may be held at once."""
-        weights, found = self._fine_pass(batch, inverse_sigma2, scale, samples)
+        phases = batch.geometry.phases(self.grid.fine_shifts().flatten(0, 1), batch.geometry.n_pixels, self.dtype)
+        dense = self._is_dense(batch, samples)
+        weights, found = self._fine_pass(batch, inverse_sigma2, scale, phases, samples, dense)
         return self._accumulate(
-            batch, optics_group, group, norm_correction, inverse_sigma2, scale, samples, weights, found
+            batch, optics_group, group, norm_correction, inverse_sigma2, scale, phases, samples, dense, weights, found
         )
 
     def _parts(self, samples: Samples) -> Iterator[slice]:
@@ -366,13 +368,15 @@ class Expectation:
     # fine pass
 
     def _fine_pass(
-        self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, samples: Samples
+        self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, phases: Tensor, samples: Samples, dense: bool
     ) -> tuple[Tensor, Posterior]:
-        """Log weights of the children of significant samples, block-sparse, and what they amount to."""
+        """Log weights of the children of significant samples, block-sparse, and what they amount to.
+
+        Phases are `(t·j, p)`, of all fine translations.
+        """
         grid = self.grid
         operands = self._score_operands(batch, inverse_sigma2, scale, batch.geometry.n_pixels)
-        phases = self._fine_phases(batch)
-        if self._is_dense(batch, samples):
+        if dense:
             values = self._dense_scores(batch, inverse_sigma2, operands, phases, samples)  # (b, o, j)
         else:
             values = self._pair_scores(batch, operands, phases, samples)
@@ -383,10 +387,6 @@ class Expectation:
         )  # fmt: skip
         first = weights.crow_indices().long() * values[0].numel()
         return weights, posterior(weights.values().flatten(), first, self.settings.adaptive_fraction)
-
-    def _fine_phases(self, batch: ImageBatch) -> Tensor:
-        """`(t·j, p)`."""
-        return batch.geometry.phases(self.grid.fine_shifts().flatten(0, 1), batch.geometry.n_pixels, self.dtype)
 
     def _is_dense(self, batch: ImageBatch, samples: Samples) -> bool:
         """Whether so many orientations are significant that all are better done at once."""
@@ -471,7 +471,7 @@ class Expectation:
 
     def _accumulate(
         self, batch: ImageBatch, optics_group: int, group: Tensor, norm_correction: Tensor, inverse_sigma2: Tensor,
-        scale: Tensor, samples: Samples, weights: Tensor, found: Posterior,
+        scale: Tensor, phases: Tensor, samples: Samples, dense: bool, weights: Tensor, found: Posterior,
     ) -> BatchResult:  # fmt: skip
         grid, sums, n = self.grid, self.sums, len(batch)
         n_shifts, o, j = grid.n_translations, grid.orientation_children, grid.translation_children
@@ -490,10 +490,10 @@ class Expectation:
         orientation, shift = samples.column // n_shifts, samples.column % n_shifts
         strong = batch.geometry.from_reference_shells(self.model.data_vs_prior.amax(0)) > SCALE_MINIMUM_DATA_VS_PRIOR
         where = (
-            sums, self.references, batch, operands(batch, inverse_sigma2, scale, strong), self._fine_phases(batch),
-            rows, orientation, shift, kept,
+            sums, self.references, batch, operands(batch, inverse_sigma2, scale, strong), phases, rows, orientation,
+            shift, kept,
         )  # fmt: skip
-        if self._is_dense(batch, samples):
+        if dense:
             residual, figures = add_dense(*where, self._every_fine_slice(batch), self._dense_slab(batch))
         else:
             residual, figures = add_rows(*where, self.settings.chunk_elements)

@@ -173,19 +173,30 @@ def prepare_images(
     counted = (torch.arange(masked.shape[1], device=images.device) < n_pixels) | (pixels.shell > geometry.size // 2)
     power = (squared_magnitude(masked) * counted).double() @ pixels.shell_matrix(optics.box, torch.float64)
     masked = masked[:, :n_pixels]
+    return ImageBatch(
+        geometry, particles, masked, unmasked, *modulations(geometry, ctf_parameters, len(images), images.dtype), power,
+        window_power, shift * optics.pixel_size,
+    )  # fmt: skip
+
+
+def modulations(
+    geometry: ImageGeometry, ctf_parameters: Tensor | None, n: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What the projections of n particles, and their images on the way back, are multiplied by: `(n, p)` each.
+
+    CTF and CTF, or CTF² and 1 for premultiplied images; 1 and 1 without ``ctf_parameters``, see :func:`prepare_images`.
+    """
+    optics, n_pixels = geometry.optics, geometry.n_pixels
     # images are in grey values per area, transforms carry 1/box²
     grey = geometry.magnification**-2
     if ctf_parameters is None:
-        modulation = torch.full((len(images), n_pixels), grey, dtype=images.dtype, device=images.device)
-        back_modulation = modulation
-    else:
-        back_modulation = modulation = (grey * ctf(optics, ctf_parameters, kx, ky)).to(images.dtype)
-        if optics.premultiplied:
-            modulation, back_modulation = modulation.square() / grey, torch.full_like(modulation, grey)
-    return ImageBatch(
-        geometry, particles, masked, unmasked, modulation, back_modulation, power, window_power,
-        shift * optics.pixel_size,
-    )  # fmt: skip
+        modulation = torch.full((n, n_pixels), grey, dtype=dtype, device=geometry.kx.device)
+        return modulation, modulation
+    modulation = ctf(optics, ctf_parameters, geometry.pixels.kx[:n_pixels], geometry.pixels.ky[:n_pixels])
+    modulation = (grey * modulation).to(dtype)
+    if optics.premultiplied:
+        return modulation.square() / grey, torch.full_like(modulation, grey)
+    return modulation, modulation
 
 
 def translate(images: Tensor, shift: Tensor) -> Tensor:

@@ -264,5 +264,5 @@ def _on_device(value: Any, device: torch.device) -> Any:
         return {k: _on_device(v, device) for k, v in value.items()}
     if isinstance(value, list):
         return [_on_device(v, device) for v in value]
-    # a view would bring its whole storage along
-    return value.to(device).clone() if isinstance(value, Tensor) else value
+    # a copy always, also where it is already there: a view would bring its whole storage along
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchem.data.particles import Particles
 from torchem.em import schedule
 from torchem.em.expectation import Expectation, ExpectationSettings
-from torchem.em.images import ImageGeometry, ParticleImages, prepare_images
+from torchem.em.images import ImageGeometry, ParticleImages, modulations, prepare_images
 from torchem.em.maximization import Joined, update_halves, update_parameters
 from torchem.em.model import Model, Poses
 from torchem.em.options import RefineOptions
@@ -338,13 +338,21 @@ class Refiner:
         result = expectation(
             batch, group, self.group[indices].to(self.device), norm, poses.euler[indices].to(self.device)
         )
-        found.euler[indices] = torch.stack(euler_angles(result.euler_matrix), 1).cpu()
-        found.offset_angst[indices] = result.offset_angst.cpu()
-        found.class_number[indices] = result.class_number.cpu()
-        found.norm_correction[indices] = (result.norm_correction if options.norm else norm).cpu()
-        found.pmax[indices] = result.pmax.cpu()
-        found.significant[indices] = result.significant.cpu()
-        found.log_likelihood[indices] = result.log_likelihood.cpu()
+        columns = {
+            "euler": torch.stack(euler_angles(result.euler_matrix), 1),
+            "offset_angst": result.offset_angst,
+            "class_number": result.class_number[:, None],
+            "norm_correction": (result.norm_correction if options.norm else norm)[:, None],
+            "pmax": result.pmax[:, None],
+            "significant": result.significant[:, None],
+            "log_likelihood": result.log_likelihood[:, None],
+        }
+        # one copy to the host; doubles hold every one of these numbers exactly
+        table = torch.cat([values.double() for values in columns.values()], 1).cpu()
+        widths = [values.shape[1] for values in columns.values()]
+        for name, values in zip(columns, table.split(widths, 1), strict=True):
+            kept = getattr(found, name)
+            kept[indices] = values.reshape(-1, *kept.shape[1:]).to(kept.dtype)
         done[indices] = 1
 
     # maximization
@@ -399,20 +407,14 @@ class Refiner:
         geometry = ImageGeometry.of(
             self.optics[group], state.current_size, self.box, self.pixel_size, self.dtype, self.device
         )
-        box = self.optics[group].box
-        batch = prepare_images(
-            torch.zeros((len(chosen), box, box), dtype=self.dtype, device=self.device),
-            chosen.to(self.device), geometry,
-            None if self.ctf_parameters is None else self.ctf_parameters[chosen].to(self.device),
-            torch.ones(len(chosen), device=self.device),
-            torch.zeros((len(chosen), 2), dtype=torch.float64, device=self.device),
-            self.diameter, None, 0,
-        )  # fmt: skip
+        parameters = None if self.ctf_parameters is None else self.ctf_parameters[chosen].to(self.device)
+        ctf, _ = modulations(geometry, parameters, len(chosen), self.dtype)
         sigma2 = state.halves[0].sigma2_noise[group]
         shell = geometry.pixels.shell[: geometry.n_pixels]
         state.accuracy_angles, state.accuracy_offsets, by_shell = schedule.estimate_accuracy(
-            state.halves[0], batch, (1 / sigma2)[shell].to(self.dtype), state.poses.euler[chosen].to(self.device),
-            state.poses.class_number[chosen].to(self.device), state.current_size // 2, PADDING, state.generator,
+            state.halves[0], geometry, ctf, (1 / sigma2)[shell].to(self.dtype),
+            state.poses.euler[chosen].to(self.device), state.poses.class_number[chosen].to(self.device),
+            state.current_size // 2, PADDING, state.generator,
         )  # fmt: skip
         state.orientability = memory.keep(by_shell.cpu(), "run")
 

@@ -82,6 +82,8 @@ class Grid:
     ----------
     rot, tilt
         `(d,)` degrees: the directions of the asymmetric unit, unperturbed (3D).
+    views
+        `(d, 3)` unit vectors along them.
     psi
         `(n_psi,)` degrees.
     translations
@@ -104,6 +106,8 @@ class Grid:
             self.pixels = torch.zeros(1, dtype=torch.int64)
             self.rot = self.tilt = torch.zeros(1, dtype=torch.float64, device=self.device)
             self.child_rot = self.child_tilt = torch.zeros((1, 1), dtype=torch.float64, device=self.device)
+        # of the directions themselves; what is perturbed is compared with them
+        self.views = rotation_matrix(self.rot, self.tilt, torch.zeros_like(self.rot))[:, 2].contiguous()
         self.psi = torch.arange(n_psi, dtype=torch.float64, device=self.device) * (360.0 / n_psi)
         n_child_psi = 2**sampling.oversampling
         parts = torch.arange(n_child_psi, dtype=torch.float64, device=self.device)
@@ -185,16 +189,15 @@ class Grid:
         """
         n = len(euler)
         poses = rotation_matrix(*euler.unbind(1))  # (n, 3, 3)
-        views = rotation_matrix(self.rot, self.tilt, torch.zeros_like(self.rot))[:, 2]
         # an angle within 3 sigma is a cosine above this one
         bound = math.cos(math.radians(3 * sigma)) if 3 * sigma < 180 else -2.0
         nearest = torch.full((n,), -2.0, dtype=torch.float64, device=self.device)
         alone = torch.zeros((3, n), dtype=torch.float64, device=self.device)  # direction, cosine, psi of the nearest
         found: list[tuple[Tensor, ...]] = []
-        for some in operators.to(poses).split(max(1, COSINES // (n * len(views)))):
+        for some in operators.to(poses).split(max(1, COSINES // (n * len(self.views)))):
             mates = (poses.flatten(0, 1) @ some.transpose(0, 1).flatten(1)).view(n, 3, -1, 3).transpose(1, 2)
             mates = mates.flatten(0, 1)
-            cosine = mates[:, 2] @ views.T  # (n·g, d)
+            cosine = mates[:, 2] @ self.views.T  # (n·g, d)
             _, _, psi = euler_angles(mates)
             mate, direction = torch.nonzero(cosine > bound, as_tuple=True)
             found.append((mate // len(some), direction, cosine[mate, direction], psi[mate]))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchem.em.images import ImageBatch
+from torchem.em.images import ImageGeometry
 from torchem.em.model import Model, State
 from torchem.em.sampling import Sampling
 from torchem.imaging.fourier import round_half_away, squared_magnitude
@@ -148,8 +148,8 @@ def has_converged(state: State) -> bool:
 
 
 def estimate_accuracy(
-    model: Model, batch: ImageBatch, inverse_sigma2: Tensor, euler: Tensor, class_number: Tensor, r_max: int,
-    padding: int, generator: torch.Generator,
+    model: Model, geometry: ImageGeometry, ctf: Tensor, inverse_sigma2: Tensor, euler: Tensor, class_number: Tensor,
+    r_max: int, padding: int, generator: torch.Generator,
 ) -> tuple[float, float, Tensor]:  # fmt: skip
     """The smallest errors of angle (degrees) and shift (Å) that the data could tell.
 
@@ -158,8 +158,8 @@ def estimate_accuracy(
 
     Parameters
     ----------
-    batch
-        the CTFs of the particles to try.
+    ctf
+        `(n, p)` of the particles to try.
     inverse_sigma2
         `(p,)`.
     euler, class_number
@@ -169,9 +169,8 @@ def estimate_accuracy(
     -------
     angle, shift, and `(box//2 + 1,)` the share of each shell in telling the angles apart (all 0 if none does).
     """
-    n, device, dtype = len(batch), batch.ctf.device, model.references.dtype
-    weight = batch.ctf.square() * inverse_sigma2 * (torch.arange(batch.ctf.shape[1], device=device) > 0)
-    geometry = batch.geometry
+    n, device, dtype = len(ctf), ctf.device, model.references.dtype
+    weight = ctf.square() * inverse_sigma2 * (torch.arange(ctf.shape[1], device=device) > 0)
     volumes = torch.stack([fourier_volume(m, r_max, padding) for m in model.references])
     # shells of the reference, whatever box the images have
     shell = torch.floor(geometry.pixels.shell[: geometry.n_pixels] / geometry.magnification + 0.5).long()

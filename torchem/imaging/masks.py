@@ -1,9 +1,12 @@
 """Soft-edged circles and spheres, and images and maps whose outside is replaced."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from torchem.runtime import memory
 
 
 def soft_sphere(
@@ -48,14 +51,20 @@ def apply_circular_mask(images: Tensor, radius_px: float, edge_px: float = 5.0, 
     -------
     `(n, L, L)`: mask · image + (1 − mask) · background.
     """
-    mask = soft_sphere(images.shape[-1], radius_px, edge_px, 2, images.dtype, images.device)
-    return _replace_outside(images, mask, fill)
+    return _replace_outside(images, _disc(images.shape[-1], radius_px, edge_px, images.dtype, images.device), fill)
 
 
 def remove_outside(volume: Tensor, radius_px: float, edge_px: float = 3.0) -> Tensor:
     """Replace what lies outside a soft sphere (disc) by its mean weighted by 1 − mask; `(L, L, L)` or `(L, L)`."""
     mask = soft_sphere(volume.shape[-1], radius_px, edge_px, volume.ndim, volume.dtype, volume.device)
     return _replace_outside(volume, mask, None)
+
+
+@lru_cache(maxsize=8)
+def _disc(box: int, radius_px: float, edge_px: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A disc (kept: all images of an optics group have the same)."""
+    with memory.place("run"):
+        return soft_sphere(box, radius_px, edge_px, 2, dtype, device)
 
 
 def _replace_outside(values: Tensor, mask: Tensor, fill: Tensor | None) -> Tensor:

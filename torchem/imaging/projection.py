@@ -25,21 +25,20 @@ def volume_shape(r_max: int, padding: int, ndim: int) -> tuple[int, ...]:
 def volume_radius2(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Squared distance of each voxel of a Fourier volume from its origin, padded pixels, int32."""
     half = shape[0] // 2
-    axes = [torch.arange(-half, half + 1, dtype=torch.int32, device=device) ** 2 for _ in shape[:-1]]
-    axes.append(torch.arange(half + 1, dtype=torch.int32, device=device) ** 2)
-    radius2 = torch.zeros(shape, dtype=torch.int32, device=device)
-    for i, axis in enumerate(axes):
-        radius2 += axis.reshape(-1, *([1] * (len(shape) - 1 - i)))
-    return radius2
+    axis = torch.arange(-half, half + 1, dtype=torch.int32, device=device) ** 2
+    radius2 = axis
+    for _ in range(len(shape) - 2):
+        radius2 = radius2[..., None] + axis
+    return radius2[..., None] + axis[half:]
 
 
 def gridding_correction(box: int, padding: int, ndim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The real-space falloff sinc²(r / (pL)) that trilinear interpolation in the padded transform causes."""
-    axis = (torch.arange(box, dtype=dtype, device=device) - box // 2) ** 2
-    radius2 = torch.zeros((box,) * ndim, dtype=dtype, device=device)
-    for i in range(ndim):
-        radius2 += axis.reshape(-1, *([1] * i))
-    return torch.sinc(radius2.sqrt() / (padding * box)) ** 2
+    axis = ((torch.arange(box, dtype=dtype, device=device) - box // 2) / (padding * box)) ** 2
+    radius2 = axis
+    for _ in range(ndim - 1):
+        radius2 = radius2[..., None] + axis
+    return torch.sinc(radius2.sqrt_()).square_()
 
 
 def fourier_volume(map_: Tensor, r_max: int, padding: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import lru_cache
 
 import healpix
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchem.errors import InputError
+from torchem.runtime import memory
 
 # above this many directions RELION leaves the borders of the asymmetric unit as they are
 BORDER_LIMIT = 4000
@@ -126,13 +128,26 @@ def rotation_matrix(rot: Tensor, tilt: Tensor, psi: Tensor) -> Tensor:
     `(..., 3, 3)`.
     """
     angles = torch.deg2rad(torch.stack(torch.broadcast_tensors(rot, tilt, psi)))
-    (ca, cb, cg), (sa, sb, sg) = angles.cos(), angles.sin()
-    # columns of Z(psi)·Y(tilt), the first two of which Z(rot) turns
-    x = torch.stack((cg * cb, -sg * cb, sb), -1)
-    y = torch.stack((sg, cg, torch.zeros_like(sg)), -1)
-    z = torch.stack((-cg * sb, sg * sb, cb), -1)
-    ca, sa = ca[..., None], sa[..., None]
-    return torch.stack((x * ca - y * sa, x * sa + y * ca, z), -1)
+    a, b, c = torch.stack((angles.cos(), angles.sin(), torch.ones_like(angles)), -1)
+    # every product of a cosine, sine or 1 of each angle, and which of them an entry is the sum of: few operations
+    products = (a[..., None] * b[..., None, :]).flatten(-2)[..., None] * c[..., None, :]
+    return (products.flatten(-2) @ _euler_terms(angles.dtype, angles.device)).unflatten(-1, (3, 3))
+
+
+@lru_cache(maxsize=4)
+def _euler_terms(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`(27, 9)`: how often each product of (cos, sin, 1) of rot, tilt and psi is in each entry of a matrix."""
+    cos, sin, one = range(3)
+    entries = [
+        [(cos, cos, cos, 1), (sin, one, sin, -1)], [(sin, cos, cos, 1), (cos, one, sin, 1)], [(one, sin, cos, -1)],
+        [(cos, cos, sin, -1), (sin, one, cos, -1)], [(sin, cos, sin, -1), (cos, one, cos, 1)], [(one, sin, sin, 1)],
+        [(cos, sin, one, 1)], [(sin, sin, one, 1)], [(one, cos, one, 1)],
+    ]  # fmt: skip
+    terms = torch.zeros(3, 3, 3, 9, dtype=dtype)
+    for entry, of_entry in enumerate(entries):
+        for rot, tilt, psi, sign in of_entry:
+            terms[rot, tilt, psi, entry] = sign
+    return memory.keep(terms.flatten(0, 2).to(device), "run")
 
 
 def euler_angles(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

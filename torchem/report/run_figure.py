@@ -68,7 +68,8 @@ def run_figure(folder: Path, title: str, simulated: bool = False) -> Path:
             figure.text(0.995, 0.995, "simulated particles", ha="right", va="top", color="firebrick", weight="bold")
         path = folder / "run.png"
         temporary = path.with_name(".run.part.png")
-        figure.savefig(temporary, dpi=150)
+        # smaller files would take longer than all of the drawing
+        figure.savefig(temporary, dpi=150, pil_kwargs={"compress_level": 1})
         temporary.replace(path)
     return path
 
