@@ -240,7 +240,7 @@ def prepare_projections(
     if whitening is None:
         # a power of two, so that FP16 overflows nowhere
         peak = torch.view_as_real(projections).abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-        scale = torch.exp2(-peak.log2().ceil()).expand(projections.shape[1])
+        scale = (1 / _power_of_two(peak.float())).expand(projections.shape[1])
     else:
         scale = whitening.float()
     factor = torch.where(scale > 0, 1 / scale, 0.0)
@@ -270,7 +270,7 @@ def _squares(terms: Tensor) -> tuple[Tensor, Tensor]:
     parts = terms.split(8192)
     peak = torch.stack([torch.linalg.vector_norm(part, torch.inf) for part in parts]).amax().float()
     # sums of two squares reach at most 2^15
-    scale = torch.exp2(-2 * peak.clamp(min=2.0**-40).log2().ceil() + 14)
+    scale = 2.0**14 / _power_of_two(peak.clamp(min=2.0**-40)).square()
     squares = torch.empty_like(terms, dtype=torch.float16)
     for part, out in zip(parts, squares.split(8192), strict=True):
         value = part.unflatten(1, (2, -1)).float().square().sum(1) * scale
@@ -278,6 +278,12 @@ def _squares(terms: Tensor) -> tuple[Tensor, Tensor]:
         high.copy_(value)
         low.copy_(value - high.float())
     return squares, scale
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The least one not below a positive float32, of its exponent's bits: PyTorch compiles exp2 at run time."""
+    below = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return torch.where(below < x, 2 * below, below)
 
 
 def log_weights(
