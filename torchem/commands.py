@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -130,16 +130,31 @@ def import_beside(*modules: str) -> None:
     threading.Thread(target=load).start()
 
 
-def wake(device: torch.device) -> None:
-    """Start a GPU beside other work, and what takes long at its first use: transforms, products, sorting, Triton."""
+def wake(device: torch.device, rehearse: Callable[[torch.device], None] | None = None) -> None:
+    """Start a GPU beside other work, and what takes long at its first use: Triton, transforms, products, sorting.
+
+    Parameters
+    ----------
+    rehearse
+        what else is done then: the work itself, in small.
+    """
     if device.type == "cuda":
-        threading.Thread(target=_wake, args=(device,)).start()
+        threading.Thread(target=_wake_triton, args=(device,)).start()
+        threading.Thread(target=_wake_libraries, args=(device, rehearse)).start()
 
 
-def _wake(device: torch.device) -> None:
+def _wake_triton(device: torch.device) -> None:
     import torch
 
     from torchem.ops.significant import posterior
+
+    # Triton first reads all of itself, to know the kernels that it compiled before
+    with torch.cuda.device(device):
+        posterior(torch.zeros(2, device=device), torch.tensor([0, 2], device=device), 0.999)
+
+
+def _wake_libraries(device: torch.device, rehearse: Callable[[torch.device], None] | None) -> None:
+    import torch
 
     with torch.cuda.device(device):
         torch.view_as_real(torch.fft.rfft2(torch.ones((8, 8), device=device))).sum().item()
@@ -147,9 +162,10 @@ def _wake(device: torch.device) -> None:
             some = torch.ones((2, 16, 16), dtype=dtype, device=device)
             torch.mm(some[0], some[1])
             torch.bmm(some, some)
-        posterior(torch.zeros(2, device=device), torch.tensor([0, 2], device=device), 0.999)
         torch.unique(torch.zeros(2, dtype=torch.int64, device=device), return_inverse=True)
         torch.cuda.synchronize()
+        if rehearse is not None:
+            rehearse(device)
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:

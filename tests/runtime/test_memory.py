@@ -435,6 +435,19 @@ with memory.scope("iteration"):
     assert kept.rest[0].a.untyped_storage().nbytes() == 4000
     del kept
 assert arena.statistics().ranges["iteration"].top == 0
+
+# another thread has no scopes: what it makes is in the run range, and stays
+from concurrent.futures import ThreadPoolExecutor
+def beside():
+    with memory.scope("iteration"), memory.scope("chunk"), memory.place("run"):
+        made = torch.ones(1000)
+        return memory.keep(made, "iteration") is made, made
+with memory.scope("iteration"), ThreadPoolExecutor(1) as pool:
+    same, made = pool.submit(beside).result()
+    assert same
+    assert arena.statistics().ranges["iteration"].top == 0
+assert made.sum() == 1000
+del made
 assert 0 < memory.available(here) <= (256 << 20) - arena.statistics().live
 print("done")
 """

@@ -14,7 +14,7 @@ def write_checkpoint(path: Path, plain: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(plain | {"generator": plain["generator"].get_state()}, buffer)
     with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

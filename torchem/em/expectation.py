@@ -113,22 +113,6 @@ def _row_starts(rows: Tensor, n_rows: int) -> Tensor:
     return torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
 
 
-def _precision(slices: Tensor, weights: Tensor) -> str:
-    """How precise scores must be, from Σ C²|P|²/σ² of an average slice for the image in which it is largest."""
-    if slices.dtype != torch.complex64:
-        return "fp32"
-    largest = float((weights @ squared_magnitude(slices).mean(0)).amax())
-    return choose_precision(largest, LADDER if slices.is_cuda else CPU_LADDER)
-
-
-def _bears_half_precision(slices: Slices, weights: Tensor) -> bool:
-    """Whether kernels may take slices from volumes in half precision, for images of these weights `(n, p)`."""
-    if not slices.on_gpu:
-        return False
-    some = torch.linspace(0, len(slices) - 1, min(len(slices), SOME_SLICES), device=weights.device).long()
-    return _precision(slices[some].cut(), weights) in ("fp16", "split")
-
-
 class Expectation:
     """The E-step of one half: made once an iteration, called on batch after batch, adding to ``sums``.
 
@@ -140,6 +124,11 @@ class Expectation:
         the iteration's samples.
     operators
         `(g, 3, 3)` of the point group.
+
+    Attributes
+    ----------
+    precisions
+        of scores, that were chosen so far.
     """
 
     def __init__(self, model: Model, grid: Grid, settings: ExpectationSettings, operators: Tensor) -> None:
@@ -151,6 +140,7 @@ class Expectation:
         self.sums = Sums.zeros(model, grid.n_directions, r_max, settings.padding)
         self.references = References(model.references, grid, r_max, settings.padding)
         self._coarse_projections: dict[str, Projections] = {}
+        self.precisions: set[str] = set()
 
     def __call__(
         self, batch: ImageBatch, optics_group: int, group: Tensor, norm_correction: Tensor, last_euler: Tensor
@@ -283,12 +273,27 @@ class Expectation:
 
     def _projections(self, slices: Slices, inverse_sigma2: Tensor, weights: Tensor) -> Projections:
         """Slices made ready for matrix products, as precise as these images `(n, p)` of weights need."""
-        whitening = inverse_sigma2[: weights.shape[1]].sqrt()
-        whitening[0] = 0
-        cut = slices.cut()
-        return prepare_projections(
-            cut, _precision(cut, weights), None if self.settings.cross_correlation else whitening, self.model.n_classes
-        )
+        cut, whitening = slices.cut(), None
+        if not self.settings.cross_correlation:
+            whitening = inverse_sigma2[: weights.shape[1]].sqrt()
+            whitening[0] = 0
+        return prepare_projections(cut, self._precision(cut, weights), whitening, self.model.n_classes)
+
+    def _precision(self, slices: Tensor, weights: Tensor) -> str:
+        """How precise scores must be, from Σ C²|P|²/σ² of an average slice for the image in which it is largest."""
+        if slices.dtype != torch.complex64:
+            return "fp32"
+        largest = float((weights @ squared_magnitude(slices).mean(0)).amax())
+        precision = choose_precision(largest, LADDER if slices.is_cuda else CPU_LADDER)
+        self.precisions.add(precision)
+        return precision
+
+    def _bears_half_precision(self, slices: Slices, weights: Tensor) -> bool:
+        """Whether kernels may take slices from volumes in half precision, for images of these weights `(n, p)`."""
+        if not slices.on_gpu:
+            return False
+        some = torch.linspace(0, len(slices) - 1, min(len(slices), SOME_SLICES), device=weights.device).long()
+        return self._precision(slices[some].cut(), weights) in ("fp16", "split")
 
     def _global_samples(
         self, slab: Tensor, values: Tensor, log_total: Tensor, offset_prior: Tensor
@@ -358,7 +363,7 @@ class Expectation:
         )
         scores = score_pairs(
             slices, inverse, particle, images, weights, phases, power, self.settings.chunk_elements,
-            half=_bears_half_precision(slices, weights),
+            half=self._bears_half_precision(slices, weights),
         )  # fmt: skip
         log_prior = orientation_prior[:, None] + offset_prior[particle, orientation // per_class]
         if not self.settings.cross_correlation:
@@ -461,7 +466,7 @@ class Expectation:
             slices = self.references.slices(batch.geometry, unique, n_pixels, fine=True)
             scores = score_pairs(
                 slices, inverse, (mine // n_orientations).expand(-1, o).flatten(), images, weights, phases, power,
-                self.settings.chunk_elements, half=_bears_half_precision(slices, weights),
+                self.settings.chunk_elements, half=self._bears_half_precision(slices, weights),
             ).reshape(-1, o, n_shifts, j)  # fmt: skip
             values[begin:end] = scores[pair[begin:end] - start, :, shift[begin:end]]
             del scores  # gone before the next ones are made

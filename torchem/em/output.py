@@ -26,7 +26,7 @@ from torchem.data.relion import (
     write_optimiser,
     write_sampling,
 )
-from torchem.data.star import write_star
+from torchem.data.star import Loop, words, write_star
 from torchem.em.maximization import Joined
 from torchem.em.model import Model, Poses, State
 from torchem.em.options import RefineOptions
@@ -56,6 +56,7 @@ class Output:
         # a single thread keeps the order, and Python ends no process before it is through
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torchem-output")
         self._writing: Future[None] | None = None
+        self._unchanging: dict[str, list[str]] | None = None
 
     def write(self, state: State, grid: Grid, joined: Joined | None) -> None:
         """Begin to write an iteration, or the result if there is a joined map; all of it is copied first.
@@ -148,9 +149,14 @@ class Output:
         ), self.comment)  # fmt: skip
 
     def _data(self, stem: str, state: State) -> None:
-        poses, table = state.poses, self.particles.table.copy()
+        poses = state.poses
+        if self._unchanging is None:
+            # what is the same in every iteration is put into words once
+            table = self.particles.table.assign(
+                rlnGroupNumber=self.particles.group + 1, rlnRandomSubset=state.subset.numpy() + 1
+            )
+            self._unchanging = {label: words(column.to_numpy()) for label, column in table.items()}
         columns = {
-            "rlnGroupNumber": self.particles.group + 1,
             "rlnAngleRot": poses.euler[:, 0].numpy(),
             "rlnAngleTilt": poses.euler[:, 1].numpy(),
             "rlnAnglePsi": poses.euler[:, 2].numpy(),
@@ -158,17 +164,14 @@ class Output:
             "rlnOriginYAngst": poses.offset_angst[:, 1].numpy(),
             "rlnClassNumber": poses.class_number.numpy() + 1,
             "rlnNormCorrection": poses.norm_correction.numpy(),
-            "rlnRandomSubset": state.subset.numpy() + 1,
             "rlnLogLikeliContribution": poses.log_likelihood.numpy(),
             "rlnMaxValueProbDistribution": poses.pmax.numpy(),
             "rlnNrOfSignificantSamples": poses.significant.numpy(),
         }
-        for label, values in columns.items():
-            table[label] = values
+        loop = Loop(self._unchanging | {label: words(values) for label, values in columns.items()})
         write_star(
-            self.folder / f"{stem}_data.star",
-            {"optics": self.particles.optics_table, "particles": table}, self.comment,
-        )  # fmt: skip
+            self.folder / f"{stem}_data.star", {"optics": self.particles.optics_table, "particles": loop}, self.comment
+        )
 
     def _sampling(self, stem: str, state: State, directions: Tensor) -> None:
         sampling, options = state.sampling, self.options.sampling

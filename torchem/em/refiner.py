@@ -34,6 +34,7 @@ from torchem.imaging.fourier import FourierPixels, round_half_away
 from torchem.imaging.masks import soft_sphere
 from torchem.imaging.resolution import raised_cosine_lowpass, resolution_at
 from torchem.imaging.symmetry import euler_angles, operators
+from torchem.ops.squared_difference import CPU_LADDER, LADDER
 from torchem.runtime import memory
 from torchem.runtime.cpu import allow_fast_products
 from torchem.runtime.distributed import World, be_deterministic, device_named
@@ -234,6 +235,7 @@ class Refiner:
         log.info("plan: %s", self.plan)
         self.images = ParticleImages(particles, self.dtype, self.device, self.plan.keep_images)
         self.joined = None
+        self._told: set[str] = set()
         self.output = Output(Path(folder), particles, options, simulated) if folder is not None else None
         self.progress = progress
 
@@ -316,6 +318,10 @@ class Refiner:
             if self.progress is not None:
                 self._finished += len(part)
                 self.progress(self._finished, len(self.mine))
+        ladder = LADDER if self.device.type == "cuda" else CPU_LADDER
+        for precision in sorted(expectation.precisions - self._told, key=ladder.__getitem__):
+            log.info("scores are computed in %s (largest Σ|C·P/σ|² up to %g)", precision, ladder[precision])
+            self._told.add(precision)
         for tensor in expectation.sums.tensors():
             self.world.sum_(tensor)
         return expectation.sums

@@ -9,16 +9,12 @@ those of the rounded projections: the score is then exact for a slightly differe
 rounding is lost.
 """
 
-import functools
-import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchem.runtime.cpu import side_by_side
-
-log = logging.getLogger(__name__)
 
 # log weights that a CPU works on at once, each on a core of its own: they stay in its caches
 BLOCK = 2**19
@@ -192,14 +188,7 @@ def choose_precision(largest_power: float, ladder: dict[str, float] = LADDER) ->
     """The cheapest precision that is good enough for all projections up to Σ|C·P/σ|² = ``largest_power``."""
     if not largest_power >= 0:
         raise ValueError(f"the largest power is {largest_power}")
-    precision, limit = next(rung for rung in ladder.items() if largest_power <= rung[1])
-    _log_choice(precision, limit)
-    return precision
-
-
-@functools.cache
-def _log_choice(precision: str, limit: float) -> None:
-    log.info("scores are computed in %s (largest Σ|C·P/σ|² up to %g)", precision, limit)
+    return next(precision for precision, limit in ladder.items() if largest_power <= limit)
 
 
 def prepare_projections(
@@ -268,7 +257,7 @@ def prepare_projections(
 def _squares(terms: Tensor) -> tuple[Tensor, Tensor]:
     """|terms|² times a power of two, as high and low FP16 terms side by side, `(k·stride, 2·half)`, and that power."""
     parts = terms.split(8192)
-    peak = torch.stack([torch.linalg.vector_norm(part, torch.inf) for part in parts]).amax().float()
+    peak = torch.stack([extreme for part in parts for extreme in part.aminmax()]).abs().amax().float()
     # sums of two squares reach at most 2^15
     scale = 2.0**14 / _power_of_two(peak.clamp(min=2.0**-40)).square()
     squares = torch.empty_like(terms, dtype=torch.float16)

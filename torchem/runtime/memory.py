@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -443,18 +444,26 @@ def _free_host_memory() -> int:
 
 
 def scope(name: str) -> AbstractContextManager[None]:
-    """:meth:`Arena.scope` of the installed arena; without one, nothing."""
-    return _NOTHING if _installed is None else _installed.scope(name)
+    """:meth:`Arena.scope` of the installed arena; without one, and beside the main thread, nothing."""
+    arena = _scoped()
+    return _NOTHING if arena is None else arena.scope(name)
 
 
 def place(name: str) -> AbstractContextManager[None]:
-    """:meth:`Arena.place` of the installed arena; without one, nothing."""
-    return _NOTHING if _installed is None else _installed.place(name)
+    """:meth:`Arena.place` of the installed arena; without one, and beside the main thread, nothing."""
+    arena = _scoped()
+    return _NOTHING if arena is None else arena.place(name)
 
 
 def keep(value: T, name: str) -> T:
-    """:meth:`Arena.keep` of the installed arena; without one, `value`."""
-    return value if _installed is None else _installed.keep(value, name)
+    """:meth:`Arena.keep` of the installed arena; without one, and beside the main thread, `value`."""
+    arena = _scoped()
+    return value if arena is None else arena.keep(value, name)
+
+
+def _scoped() -> Arena | None:
+    """The installed arena in the main thread; what others ask for is in the run range, and stays there."""
+    return _installed if threading.current_thread() is threading.main_thread() else None
 
 
 def installed() -> Arena | None:
