@@ -126,33 +126,39 @@ def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -
     # no interpolation along axes where all operators bring grid points to grid points
     on_grid = ((others - others.round()).abs() < SNAP).all(2).all(0).tolist()
     corners = list(product(*((0,) if on_it else (0, 1) for on_it in on_grid)))
+    if all(on_grid):
+        others = others.round()
     # data and weight are looked up together
     values = torch.cat((torch.view_as_real(volume), weight[..., None]), -1).flatten(0, 2)  # (D·D·(D//2 + 1), 3)
     total = torch.zeros_like(values)
     inside = torch.nonzero((volume_radius2(tuple(weight.shape), volume.device) <= radius**2).flatten())[:, 0]
     # on a CPU what is looked up at once should stay near its caches
-    most = 2**18 if volume.device.type == "cpu" else 2**23
+    most = 2**18 if volume.device.type == "cpu" else 2**24 if all(on_grid) else 2**23
 
     def with_copies(voxels: Tensor) -> Tensor:
         x, y, z = voxels % width, voxels // width % len(weight) - half, voxels // (width * len(weight)) - half
         points = torch.stack((x, y, z), dim=-1).double() @ others.mT  # (g - 1, v, 3)
-        # rounding must not leak a trace of a neighbour into a voxel that nothing reached: its quotient would be noise
-        nearest = points.round()
-        points = torch.where((points - nearest).abs() < SNAP, nearest, points)
+        if not all(on_grid):
+            # rounding must not leak a trace of a neighbour into a voxel that nothing reached: its quotient were noise
+            nearest = points.round()
+            points = torch.where((points - nearest).abs() < SNAP, nearest, points)
         mirrored = points[..., :1] < 0
         points = torch.where(mirrored, -points, points)
         floor = points.floor()
-        fraction = (points - floor).to(values.dtype)
         x, y, z = floor.long().unbind(-1)
         first = x + width * (y + half + len(weight) * (z + half))
-        found = torch.zeros_like(points, dtype=values.dtype)
-        for corner in corners:
-            share = torch.ones_like(fraction[..., 0])
-            for axis, upper in enumerate(corner):
-                if not on_grid[axis]:
-                    share = share * (fraction[..., axis] if upper else 1 - fraction[..., axis])
-            offset = corner[0] + width * (corner[1] + len(weight) * corner[2])
-            found.addcmul_(values[first + offset], share[..., None])
+        if all(on_grid):
+            found = values[first]
+        else:
+            fraction = (points - floor).to(values.dtype)
+            found = torch.zeros_like(fraction)
+            for corner in corners:
+                share = torch.ones_like(fraction[..., 0])
+                for axis, upper in enumerate(corner):
+                    if not on_grid[axis]:
+                        share = share * (fraction[..., axis] if upper else 1 - fraction[..., axis])
+                offset = corner[0] + width * (corner[1] + len(weight) * corner[2])
+                found.addcmul_(values[first + offset], share[..., None])
         found[..., 1:2] *= torch.where(mirrored, -1, 1)
         return values[voxels] + found.sum(0)
 
