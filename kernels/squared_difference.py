@@ -3,8 +3,9 @@
 Layouts: a row of an operand is [real parts | imaginary parts], each padded to ``half`` values; operands in two terms
 hold them side by side, images as [low | high], projections as [high | low]. Norms are a row for each image; unless
 summed in double, the rows of high and then of low weights, to be added. Projections, their norms and the result are
-numbered class by class, each class padded to ``stride`` orientations, a multiple of 16 handed over divided by 16 so
-that the compiler sees that wide loads are aligned. All sizes are run-time integers.
+numbered class by class, each class padded to ``stride`` orientations, a multiple of 16. It is handed over divided by
+16, and ``half`` by 64, so that the compiler sees that wide loads and stores are aligned. All sizes are run-time
+integers.
 """
 
 import triton
@@ -28,10 +29,10 @@ def _phase_shift(
     image, shift = row // n_shifts, row % n_shifts
     valid = pixel < n_pixels
     inside = (row < n_rows)[:, None] & valid[None, :]
-    x = images + 2 * (image.to(tl.int64)[:, None] * n_pixels + pixel[None, :])
-    ramp = phases + 2 * (shift[:, None] * n_pixels + pixel[None, :])
-    x_re, x_im = tl.load(x, inside, other=0.0), tl.load(x + 1, inside, other=0.0)
-    f_re, f_im = tl.load(ramp, inside, other=0.0), tl.load(ramp + 1, inside, other=0.0)
+    x = images + 2 * (image.to(tl.int64)[:, None] * n_pixels + pixel[None, :])[:, :, None] + tl.arange(0, 2)
+    ramp = phases + 2 * (shift[:, None] * n_pixels + pixel[None, :])[:, :, None] + tl.arange(0, 2)
+    x_re, x_im = tl.load(x, inside[:, :, None], other=0.0).split()
+    f_re, f_im = tl.load(ramp, inside[:, :, None], other=0.0).split()
     if CORRELATION:
         scale = tl.rsqrt(tl.load(power + image, row < n_rows, other=1.0).to(tl.float32) / n_pixels)[:, None]
     else:
@@ -76,14 +77,14 @@ def _split_weights(
         tl.store(out + lower + term * half, low, keep)
 
 
-@triton.jit(do_not_specialize=("n_images", "n_rows", "n_shifts", "n_pixels", "half", "weight_programs"))
+@triton.jit(do_not_specialize=("n_images", "n_rows", "n_shifts", "n_pixels", "half64", "weight_programs"))
 def prepare(
     images, weights, phases, factor, power, shifted, split,
-    n_images, n_rows, n_shifts, n_pixels, half, weight_programs,
+    n_images, n_rows, n_shifts, n_pixels, half64, weight_programs,
     TERMS: tl.constexpr, TF32: tl.constexpr, CORRELATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Left operands of both products, in one launch: the first programs split weights, the others shift images."""
-    program = tl.program_id(0)
+    program, half = tl.program_id(0), half64 * 64
     if split is not None:  # exact norms need no weights from here
         if program < weight_programs:
             _split_weights(weights, factor, split, n_images, n_pixels, half, program, CORRELATION, ROWS, PIXELS)

@@ -415,7 +415,7 @@ def _by_kernels(
     weight_programs = 0 if exact else -(-n // 32) * blocks
     kernels.prepare[(weight_programs + -(-rows // 32) * blocks,)](
         torch.view_as_real(images.contiguous()), weights.contiguous(), torch.view_as_real(phases.contiguous()),
-        projections.factor, power, shifted, split, n, rows, t, p, half, weight_programs,
+        projections.factor, power, shifted, split, n, rows, t, p, half // 64, weight_programs,
         TERMS=how.image_terms, TF32=projections.precision == "tf32", CORRELATION=power is not None,
         ROWS=32, PIXELS=128, num_warps=8,
     )  # fmt: skip
