@@ -6,7 +6,7 @@ in its order and with its constants; no iterative gridding.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Voxels:
     r_max: int
     index: Tensor
     radius: Tensor
+    _starts: dict[tuple[int, bool, bool], Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(r_max: int, padding: int, ndim: int, device: torch.device) -> "Voxels":
@@ -91,15 +92,23 @@ class Voxels:
         border
             voxels at r_max itself are counted; not, as a rule, in RELION.
         """
-        starts = torch.arange(shells + 1, dtype=torch.float64, device=self.radius.device) - (0.5 if rounded else 0.0)
-        end = torch.searchsorted(self.radius, self.r_max, right=border)
-        offsets = torch.searchsorted(self.radius, starts).clamp(max=end)
-        sums, start = torch.zeros_like(starts[:-1]), 0
+        offsets = self._offsets(shells, rounded, border)
+        sums, start = torch.zeros(shells, dtype=torch.float64, device=self.radius.device), 0
         for piece in self.pieces():
             here = (offsets - start).clamp(0, len(piece.index))
             sums += torch.segment_reduce(values(piece).double(), "sum", offsets=here, unsafe=True, initial=0)
             start += len(piece.index)
         return sums, offsets.diff()
+
+    def _offsets(self, shells: int, rounded: bool, border: bool) -> Tensor:
+        """`(shells + 1,)`: where each shell begins, see :meth:`shell_sums`."""
+        key = shells, rounded, border
+        if key not in self._starts:
+            starts = torch.arange(shells + 1, dtype=torch.float64, device=self.radius.device)
+            starts = torch.searchsorted(self.radius, starts - (0.5 if rounded else 0.0))
+            end = torch.searchsorted(self.radius, self.r_max, right=border)
+            self._starts[key] = memory.keep(starts.clamp(max=end), "run")
+        return self._starts[key]
 
     def shell_mean(
         self, values: Callable[["Voxels"], Tensor], shells: int, rounded: bool = True, border: bool = False
@@ -234,16 +243,15 @@ def fourier_shell_correlation_of_sums(first: Backprojection, second: Backproject
             cell = cell * shape[axis] + k + shape[0] // 2 * centred
         return cell
 
-    def averaged(half: Backprojection) -> Tensor:
-        data = torch.zeros(math.prod(shape), dtype=torch.complex128, device=device)
-        weight = torch.zeros(math.prod(shape), dtype=torch.float64, device=device)
-        for voxels in half.voxels.pieces():
-            cell = cell_of(voxels)
-            data.index_add_(0, cell, half.numerators(voxels))
-            weight.index_add_(0, cell, half.weights(voxels))
-        return torch.where(weight > 0, data / weight.clamp(min=1e-300), 0.0)
-
-    a, b = averaged(first), averaged(second)
+    data = torch.zeros((2, math.prod(shape)), dtype=torch.complex128, device=device)
+    weight = torch.zeros(data.shape, dtype=torch.float64, device=device)
+    for voxels in first.voxels.pieces():
+        cell = cell_of(voxels)
+        for half, own_data, own_weight in zip((first, second), data, weight, strict=True):
+            own_data.index_add_(0, cell, half.numerators(voxels))
+            own_weight.index_add_(0, cell, half.weights(voxels))
+    a, b = torch.where(weight > 0, data / weight.clamp(min=1e-300), 0.0)
+    del data, weight
 
     def cross_power(voxels: Voxels) -> Tensor:
         return (a[voxels.index] * b[voxels.index].conj()).real
