@@ -383,7 +383,7 @@ def _reached(state: RunState) -> str:
     from torchem.data.star import read_star
 
     stem = "run" if state.finished else f"run_it{state.iteration:03d}_half1"
-    shells = read_star(state.folder / f"{stem}_model.star")["model_class_1"]
+    shells = read_star(state.folder / f"{stem}_model.star", last="model_class_1")["model_class_1"]
     below = (shells["rlnGoldStandardFsc"].to_numpy(float) < 0.143).nonzero()[0]
     last = max(1, below[0] - 1 if len(below) else len(shells) - 1)
     angst = shells["rlnAngstromResolution"].to_numpy(float)[last]

@@ -32,6 +32,16 @@ def test_reads_loops_and_single_values(tmp_path):
     assert table["rlnGroupNumber"].dtype == np.int64
 
 
+def test_nothing_is_read_after_the_last_block(tmp_path):
+    path = tmp_path / "a.star"
+    path.write_text("data_one\n_a 1\n\ndata_two\nloop_\n_b\n2\n3\n\ndata_three\nbroken\n")
+    blocks = read_star(path, last="two")
+    assert list(blocks) == ["one", "two"]
+    assert blocks["two"]["b"].tolist() == [2, 3]
+    with pytest.raises(InputError, match="line 11"):
+        read_star(path)
+
+
 def test_windows_line_ends_and_underscored_numbers(tmp_path):
     path = tmp_path / "a.star"
     path.write_bytes(b"data_x\r\nloop_\r\n_rlnJobTag #1\r\n_rlnVoltage #2\r\n2017_01 300\r\n")

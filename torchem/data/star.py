@@ -32,8 +32,13 @@ class Loop:
     columns: dict[str, list[str]]
 
 
-def read_star(path: str | Path) -> dict[str, Block]:
+def read_star(path: str | Path, last: str | None = None) -> dict[str, Block]:
     """Blocks of a STAR file by name (without ``data_``).
+
+    Parameters
+    ----------
+    last
+        block after which nothing is read; None: all are.
 
     Returns
     -------
@@ -55,6 +60,8 @@ def read_star(path: str | Path) -> dict[str, Block]:
         if not line or line.startswith("#"):
             at += 1
         elif line.startswith("data_"):
+            if last in blocks:
+                break
             name = line[5:].split()[0] if len(line) > 5 and not line[5].isspace() else ""
             if name in blocks:
                 raise InputError(f"{path}, line {at + 1}: block data_{name} stands here twice; keep one")

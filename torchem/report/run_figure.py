@@ -39,7 +39,7 @@ def run_figure(folder: Path, title: str, simulated: bool = False) -> Path:
     """
     stem = "run" if (folder / "run_model.star").is_file() else f"run_it{_iterations(folder)[-1]:03d}"
     half = "" if stem == "run" else "_half1"
-    shells = read_star(folder / f"{stem}{half}_model.star")["model_class_1"]
+    shells = read_star(folder / f"{stem}{half}_model.star", last="model_class_1")["model_class_1"]
     volume, pixel_size = read_map(folder / f"{stem}{half}_class001.mrc")
     particles = read_star(folder / f"{stem}_data.star")["particles"]
 
