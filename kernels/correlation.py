@@ -102,9 +102,11 @@ def highest_angles(
 
 
 @triton.jit
-def _row(line, left, right, fx):
-    a = tl.load(line + left)
-    return a + fx * (tl.load(line + right) - a)
+def _row(line, columns, fx):
+    """Values between four pixels of a row."""
+    a, b = tl.load(line + columns[0]), tl.load(line + columns[1])
+    c, d = tl.load(line + columns[2]), tl.load(line + columns[3])
+    return a + fx * (b - a), b + fx * (c - b), c + fx * (d - c)
 
 
 @triton.jit
@@ -118,73 +120,180 @@ def _added(sums, value, weight, low, mid, high):
 
 
 @triton.jit
-def _store_peak(out, sums, where):
-    """Correlation coefficients of a row of three centres at three angles; sums are `(samples, 4)`, out `(3, 9)`."""
+def _added_row(sums, above, below, fy, level, weight, low, mid, high):
+    """The same at a row of three centres, between two rows of pixels."""
+    return (
+        _added(sums[0], above[0] + fy * (below[0] - above[0]) - level, weight, low, mid, high),
+        _added(sums[1], above[1] + fy * (below[1] - above[1]) - level, weight, low, mid, high),
+        _added(sums[2], above[2] + fy * (below[2] - above[2]) - level, weight, low, mid, high),
+    )
+
+
+@triton.jit
+def _with_coefficients(values, sums, where: tl.constexpr):
+    """Put the correlation coefficients of one centre at three angles into values."""
     mean = tl.sum(sums[0], 0)
     variance = tl.sum(sums[1], 0) - mean * mean
     scale = tl.where(variance > 0, tl.rsqrt(tl.maximum(variance, 1e-30)), 0.0)
-    tl.store(out + where, tl.sum(sums[2], 0) * scale, where < 3)
-    tl.store(out + 9 + where, tl.sum(sums[3], 0) * scale, where < 3)
-    tl.store(out + 18 + where, tl.sum(sums[4], 0) * scale, where < 3)
+    place = tl.arange(0, 32)
+    values = tl.where(place == where, tl.sum(sums[2], 0) * scale, values)
+    values = tl.where(place == where + 9, tl.sum(sums[3], 0) * scale, values)
+    return tl.where(place == where + 18, tl.sum(sums[4], 0) * scale, values)
 
 
-@triton.jit(do_not_specialize=("n_samples", "n_rings", "n_candidates"))
-def peak_values(
-    images, means, points_x, points_y, ring, place, weights, profiles, centres, reference, mirror, nearest, wanted, out,
-    n_samples, n_rings, n_candidates, box, TWICE_ANGLES: tl.constexpr, SAMPLES: tl.constexpr,
+@triton.jit
+def _around(
+    pixels, level, points_x, points_y, ring, place, weights, own, x, y, nearest, mirrored, n_samples, box,
+    ANGLES: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """Correlation coefficients at 3 angles × 3 × 3 centres around each candidate's peak, sample by sample in float32.
+    """Correlation coefficients at 3 angles × 3 × 3 centres around a peak, sample by sample: 27 of 32 float32."""
+    x, y = x + (box // 2).to(tl.float64), y + (box // 2).to(tl.float64)
+    # whole and fraction apart, so that float32 keeps all digits
+    whole_x, whole_y = tl.floor(x), tl.floor(y)
+    part_x, part_y = (x - whole_x).to(tl.float32), (y - whole_y).to(tl.float32)
+    whole_x, whole_y = whole_x.to(tl.int32), whole_y.to(tl.int32)
+    middle, step = 2 * nearest + 1, tl.where(mirrored, -1, 1)
+    zero = tl.zeros((SAMPLES,), tl.float32)
+    none = (zero, zero, zero, zero, zero)
+    upper, here, lower = (none, none, none), (none, none, none), (none, none, none)
+    for start in range(0, n_samples, SAMPLES):
+        sample = start + tl.arange(0, SAMPLES)
+        px, py = tl.load(points_x + sample) + part_x, tl.load(points_y + sample) + part_y
+        floor_x, floor_y = tl.floor(px), tl.floor(py)
+        fx, fy = px - floor_x, py - floor_y
+        left, top = floor_x.to(tl.int32) + whole_x, floor_y.to(tl.int32) + whole_y
+        columns = (
+            tl.minimum(tl.maximum(left - 1, 0), box - 1), tl.minimum(tl.maximum(left, 0), box - 1),
+            tl.minimum(tl.maximum(left + 1, 0), box - 1), tl.minimum(tl.maximum(left + 2, 0), box - 1),
+        )  # fmt: skip
+        a = _row(pixels + tl.minimum(tl.maximum(top - 1, 0), box - 1) * box, columns, fx)
+        b = _row(pixels + tl.minimum(tl.maximum(top, 0), box - 1) * box, columns, fx)
+        c = _row(pixels + tl.minimum(tl.maximum(top + 1, 0), box - 1) * box, columns, fx)
+        d = _row(pixels + tl.minimum(tl.maximum(top + 2, 0), box - 1) * box, columns, fx)
+        weight, line = tl.load(weights + sample), own + tl.load(ring + sample) * ANGLES
+        turn = tl.load(place + sample) - middle
+        turn = tl.where(mirrored, ANGLES - turn, turn) >> 1
+        low = tl.load(line + ((turn + step) & (ANGLES - 1)))
+        mid = tl.load(line + (turn & (ANGLES - 1)))
+        high = tl.load(line + ((turn - step) & (ANGLES - 1)))
+        upper = _added_row(upper, a, b, fy, level, weight, low, mid, high)
+        here = _added_row(here, b, c, fy, level, weight, low, mid, high)
+        lower = _added_row(lower, c, d, fy, level, weight, low, mid, high)
+    values = tl.zeros((32,), tl.float32)
+    for i in tl.static_range(3):
+        values = _with_coefficients(values, upper[i], i)
+        values = _with_coefficients(values, here[i], 3 + i)
+        values = _with_coefficients(values, lower[i], 6 + i)
+    return values
 
-    Program (candidate of an image); centres, reference, … are `(n, candidates)`, out is `(n, candidates, 3, 9)`;
-    candidates that are not wanted get minus infinity. Samples lie ring by ring, so that neighbours meet neighbours, and
-    are a whole number of SAMPLES; each image's mean is taken off, so that sums keep their digits.
+
+@triton.jit
+def _coefficient(values, quadratic, which: tl.constexpr):
+    """One of the quadratic's: values times a row, and what is added at the row's end."""
+    place = tl.arange(0, 32)
+    row = tl.load(quadratic + which * 32 + place)
+    return tl.sum(tl.where(place < 31, values.to(tl.float64), 1.0) * row, 0)
+
+
+@triton.jit
+def _quadratic_peak(values, quadratic):
+    """Maximum of the quadratic through 3 × 3 × 3 values: steps along angle, y and x, at most 1, and height."""
+    constant = _coefficient(values, quadratic, 0)
+    g0, g1, g2 = (
+        _coefficient(values, quadratic, 1), _coefficient(values, quadratic, 2), _coefficient(values, quadratic, 3)
+    )  # fmt: skip
+    h00, h01, h02 = (
+        _coefficient(values, quadratic, 4), _coefficient(values, quadratic, 5), _coefficient(values, quadratic, 6)
+    )  # fmt: skip
+    h11, h12, h22 = (
+        _coefficient(values, quadratic, 8), _coefficient(values, quadratic, 9), _coefficient(values, quadratic, 12)
+    )  # fmt: skip
+    a00, a01, a02 = h11 * h22 - h12 * h12, h12 * h02 - h01 * h22, h01 * h12 - h11 * h02
+    a11, a12, a22 = h00 * h22 - h02 * h02, h01 * h02 - h00 * h12, h00 * h11 - h01 * h01
+    determinant = h00 * a00 + h01 * a01 + h02 * a02
+    # a maximum if minus the Hessian has positive minors; without one, along each axis by itself if it has one there
+    peaked = (h00 < 0) & (a22 > 0) & (determinant < 0)
+    divisor = tl.where(peaked, determinant, 1.0)
+    d0, d1, d2 = tl.minimum(h00, -1e-300), tl.minimum(h11, -1e-300), tl.minimum(h22, -1e-300)
+    s0 = -tl.where(peaked, (a00 * g0 + a01 * g1 + a02 * g2) / divisor, g0 / d0)
+    s1 = -tl.where(peaked, (a01 * g0 + a11 * g1 + a12 * g2) / divisor, g1 / d1)
+    s2 = -tl.where(peaked, (a02 * g0 + a12 * g1 + a22 * g2) / divisor, g2 / d2)
+    s0 = tl.minimum(tl.maximum(s0, -1.0), 1.0)
+    s1 = tl.minimum(tl.maximum(s1, -1.0), 1.0)
+    s2 = tl.minimum(tl.maximum(s2, -1.0), 1.0)
+    c0 = tl.where(peaked, h00 * s0 + h01 * s1 + h02 * s2, d0 * s0)
+    c1 = tl.where(peaked, h01 * s0 + h11 * s1 + h12 * s2, d1 * s1)
+    c2 = tl.where(peaked, h02 * s0 + h12 * s1 + h22 * s2, d2 * s2)
+    return s0, s1, s2, constant + (g0 + 0.5 * c0) * s0 + (g1 + 0.5 * c1) * s1 + (g2 + 0.5 * c2) * s2
+
+
+@triton.jit(do_not_specialize=("n_images", "n_candidates", "n_samples", "n_rings"))
+def refined_peaks(
+    images, means, best, which, shifts, centres, points_x, points_y, ring, place, weights, profiles, quadratic,
+    pair, peaks, n_images, n_candidates, n_samples, n_rings, box, margin,
+    SIDES: tl.constexpr, ANGLES: tl.constexpr, SAMPLES: tl.constexpr, PASSES: tl.constexpr,
+):  # fmt: skip
+    """Take the best of a few candidates in float32, and interpolate its peak, PASSES times around where it was found.
+
+    Program (image); all of it as :func:`torchem.ops.correlation.refine_peaks`.
+
+    Parameters
+    ----------
+    means
+        `(n,)`: taken off first, so that sums keep their digits.
+    best, which
+        `(candidates, n)` int64: as ``best`` of :func:`highest_angles`, falling, and the pair. Those that are more than
+        the margin below the first are not looked at.
+    shifts, centres
+        `(t, 2)` and `(n, 2)` float64 pixels (x, y), which add up.
+    points_x, …, weights
+        samples, in an order in which neighbours meet neighbours, a whole number of SAMPLES.
+    profiles
+        `(k, n_rings, ANGLES)`.
+    quadratic
+        `(13, 32)` float64: what takes 27 values to the quadratic's coefficients, 0, and what is added to them.
+    pair, peaks
+        `(n,)` int64, and `(n, 4)` float64: number of the angle, x, y, height.
     """
-    candidate = tl.program_id(0).to(tl.int64)
-    image = candidate // n_candidates
-    column = tl.arange(0, 4)
-    to = out + candidate * 27
-    if tl.load(wanted + candidate) == 0:
-        place_32 = tl.arange(0, 32)
-        tl.store(to + place_32, tl.full((32,), float("-inf"), tl.float32), place_32 < 27)
-    else:
-        x = tl.load(centres + candidate * 2) + (box // 2).to(tl.float64)
-        y = tl.load(centres + candidate * 2 + 1) + (box // 2).to(tl.float64)
-        # whole and fraction apart, so that float32 keeps all digits
-        whole_x, whole_y = tl.floor(x), tl.floor(y)
-        part_x, part_y = (x - whole_x).to(tl.float32), (y - whole_y).to(tl.float32)
-        whole_x, whole_y = whole_x.to(tl.int32), whole_y.to(tl.int32)
-        own = profiles + tl.load(reference + candidate).to(tl.int64) * n_rings * TWICE_ANGLES
-        mirrored, middle = tl.load(mirror + candidate), 2 * tl.load(nearest + candidate) + 1
-        pixels, level = images + image * box * box, tl.load(means + image)
-        zero = tl.zeros((SAMPLES, 4), tl.float32)
-        upper, here, lower = (
-            (zero, zero, zero, zero, zero),
-            (zero, zero, zero, zero, zero),
-            (zero, zero, zero, zero, zero),
-        )
-        for start in range(0, n_samples, SAMPLES):
-            sample = start + tl.arange(0, SAMPLES)
-            px, py = tl.load(points_x + sample) + part_x, tl.load(points_y + sample) + part_y
-            floor_x, floor_y = tl.floor(px), tl.floor(py)
-            fx, fy = (px - floor_x)[:, None], (py - floor_y)[:, None]
-            left = (floor_x.to(tl.int32) + whole_x)[:, None] + column[None, :] - 1
-            right = tl.minimum(tl.maximum(left + 1, 0), box - 1)
-            left = tl.minimum(tl.maximum(left, 0), box - 1)
-            top = (floor_y.to(tl.int32) + whole_y)[:, None]
-            a = _row(pixels + tl.minimum(tl.maximum(top - 1, 0), box - 1) * box, left, right, fx)
-            b = _row(pixels + tl.minimum(tl.maximum(top, 0), box - 1) * box, left, right, fx)
-            c = _row(pixels + tl.minimum(tl.maximum(top + 1, 0), box - 1) * box, left, right, fx)
-            d = _row(pixels + tl.minimum(tl.maximum(top + 2, 0), box - 1) * box, left, right, fx)
-            weight = tl.load(weights + sample)[:, None]
-            line, turn = own + tl.load(ring + sample) * TWICE_ANGLES, tl.load(place + sample) - middle
-            turn = tl.where(mirrored != 0, TWICE_ANGLES // 2 - turn, turn)
-            step = tl.where(mirrored != 0, -2, 2)
-            low = tl.load(line + ((turn + step) & (TWICE_ANGLES - 1)))[:, None]
-            mid = tl.load(line + (turn & (TWICE_ANGLES - 1)))[:, None]
-            high = tl.load(line + ((turn - step) & (TWICE_ANGLES - 1)))[:, None]
-            upper = _added(upper, a + fy * (b - a) - level, weight, low, mid, high)
-            here = _added(here, b + fy * (c - b) - level, weight, low, mid, high)
-            lower = _added(lower, c + fy * (d - c) - level, weight, low, mid, high)
-        _store_peak(to, upper, column)
-        _store_peak(to + 3, here, column)
-        _store_peak(to + 6, lower, column)
+    image = tl.program_id(0).to(tl.int64)
+    pixels, level = images + image * box * box, tl.load(means + image)
+    start_x, start_y = tl.load(centres + 2 * image), tl.load(centres + 2 * image + 1)
+    first = _value(tl.load(best + image))
+    x, y, nearest, taken = start_x, start_y, 0, tl.load(which + image)
+    values, top = tl.zeros((32,), tl.float32), float("-inf")
+    for candidate in range(0, n_candidates):
+        packed = tl.load(best + candidate * n_images.to(tl.int64) + image)
+        if (_value(packed) >= first - margin) | (candidate == 0):
+            its = tl.load(which + candidate * n_images.to(tl.int64) + image)
+            shift, angle = ((packed >> 16) & 0xFFFF).to(tl.int32), (packed & 0xFFFF).to(tl.int32)
+            its_x, its_y = start_x + tl.load(shifts + 2 * shift), start_y + tl.load(shifts + 2 * shift + 1)
+            its_values = _around(
+                pixels, level, points_x, points_y, ring, place, weights, profiles + its // SIDES * n_rings * ANGLES,
+                its_x, its_y, angle, its % SIDES == 1, n_samples, box, ANGLES, SAMPLES,
+            )  # fmt: skip
+            middle = tl.sum(tl.where(tl.arange(0, 32) == 13, its_values, 0.0), 0)
+            if (middle > top) | (candidate == 0):
+                x, y, nearest, taken, values, top = its_x, its_y, angle, its, its_values, middle
+    own, mirrored = profiles + taken // SIDES * n_rings * ANGLES, taken % SIDES == 1
+    turned, height = nearest.to(tl.float64), top.to(tl.float64)
+    for step in tl.static_range(PASSES):
+        if step > 0:
+            nearest = tl.floor(turned + 0.5).to(tl.int32) & (ANGLES - 1)
+            values = _around(
+                pixels, level, points_x, points_y, ring, place, weights, own, x, y, nearest, mirrored, n_samples, box,
+                ANGLES, SAMPLES,
+            )  # fmt: skip
+        turn, down, right, height = _quadratic_peak(values, quadratic)
+        turned, x, y = nearest.to(tl.float64) + turn, x + right, y + down
+    tl.store(pair + image, taken)
+    tl.store(peaks + 4 * image, turned)
+    tl.store(peaks + 4 * image + 1, x)
+    tl.store(peaks + 4 * image + 2, y)
+    tl.store(peaks + 4 * image + 3, height)
+
+
+@triton.jit
+def _value(packed):
+    """The value that :func:`highest_angles` packed."""
+    bits = (packed >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

@@ -53,7 +53,7 @@ def _samples(columns, x, y, image, width, box):
 
 @triton.jit(do_not_specialize=("start", "n_rings"))
 def polar_spectra(
-    columns, shifts, radii, circle, waves, first_row, ring_counts, spectra, moments,
+    columns, shifts, radii, circle, waves, first_row, spectra, moments,
     start, n_rings, width, n_total, box,
     QUARTER: tl.constexpr, FREQUENCIES: tl.constexpr, DEPTH: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
@@ -70,11 +70,11 @@ def polar_spectra(
         `(2, QUARTER)` float32 cosine and sine of the angles of the first quarter.
     waves
         `(2, 2, QUARTER, QUARTER)`: cosine or sine, parity, frequency // 2, angle; FREQUENCIES of each are taken.
-    first_row, ring_counts
-        of each frequency: its first row in ``spectra`` and its number of rings; a row a ring of real parts, then of
-        imaginary parts.
+    first_row
+        of each frequency in ``spectra``.
     spectra
-        `(rows, n_total)`, a column an image and shift, shift by shift.
+        `(rows, n_total)`, for each frequency real and imaginary parts ring by ring; a column an image and shift, shift
+        by shift.
     moments
         `(2, n_rings, n_total)` float32.
     start
@@ -119,10 +119,9 @@ def polar_spectra(
     tl.store(moments + ring.to(tl.int64) * n_total + column, total)
     tl.store(moments + (n_rings + ring).to(tl.int64) * n_total + column, squares)
     for parity in tl.static_range(2):
-        row = tl.load(first_row + 2 * frequency + parity) + ring
-        count = tl.load(ring_counts + 2 * frequency + parity)
+        row = tl.load(first_row + 2 * frequency + parity) + 2 * ring
         to = spectra + row.to(tl.int64)[:, None] * n_total + column[None, :]
-        imaginary = to + count.to(tl.int64)[:, None] * n_total
+        imaginary = to + n_total
         if parity == 0:
             tl.store(to, real_even.to(kind))
             tl.store(imaginary, imaginary_even.to(kind))

@@ -18,6 +18,7 @@ from torchem.ops.correlation import (
     half_references,
     peaks_by_kernel,
     prepare_references,
+    refine_peaks,
     unpacked,
 )
 from torchem.ops.polar import Rings
@@ -90,17 +91,32 @@ def test_alignment(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
     assert float(turn.abs().max()) < 1e-4
 
 
-def test_candidates_that_are_not_wanted() -> None:
+def packed(value: float, shift: int, angle: int) -> int:
+    return int(torch.tensor(value).view(torch.int32)) << 32 | shift << 16 | angle
+
+
+@pytest.mark.parametrize("below, taken", [(0.5, 1), (2.0, 0)])
+def test_candidates(below: float, taken: int) -> None:
+    """Of those within the margin the best is taken and refined, as the reference does it; others are not looked at."""
     references, images = problem(20, 2, 2)
-    ready = prepare_references(references.float(), Rings(20, 1, 7))
-    which = torch.tensor([[0, 1], [1, 0]], device=DEVICE)
-    centres = torch.zeros((2, 2, 2), dtype=torch.float64, device=DEVICE)
-    nearest = torch.tensor([[0, 63], [5, 9]], device=DEVICE)
-    arguments = images.float(), statistics(images)[1], centres, ready, which, which == 1, nearest
-    every, some = peaks_by_kernel(*arguments, None), peaks_by_kernel(*arguments, which == 1)
-    assert torch.isfinite(every).all()
-    assert torch.equal(some[which == 1], every[which == 1])
-    assert (some[which == 0] == -math.inf).all()
+    rings, exact = Rings(20, 1, 7), prepare_references(references, Rings(20, 1, 7))
+    start = torch.zeros((2, 2), dtype=torch.float64, device=DEVICE)
+    right, at = align(images, start, exact, SHIFTS), start + SHIFTS.table().to(DEVICE)[2]
+    table = correlation_table(images, at[:, None], exact)
+    nearest = table[torch.arange(2), 0, right.mirror.long(), right.reference].argmax(1).tolist()
+    best = torch.tensor([
+        [packed(0.9, 1, 3) for _ in nearest],
+        [packed(0.9 - below * correlation.MARGIN, 2, angle) for angle in nearest],
+    ], device=DEVICE)  # fmt: skip
+    own = 2 * right.reference + right.mirror.long()
+    which = torch.stack([3 - own, own])
+    ready = prepare_references(references.float(), rings)
+    found = peaks_by_kernel(images.float(), statistics(images)[1], start, ready, SHIFTS, best, which)
+    assert (2 * found.reference + found.mirror.long()).tolist() == which[taken].tolist()
+    if taken:
+        expected = refine_peaks(images, at, exact, right.reference, right.mirror, SHIFTS.free())
+        assert torch.allclose(found.peak, expected.peak, rtol=1e-5)
+        assert torch.allclose(found.offset, expected.offset, atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -135,7 +151,7 @@ def test_frequencies_that_references_have() -> None:
     for m in (64, 128):
         tables = Tables.of(rings, m, torch.device("cpu"))
         used = [
-            int(row) + ring + part * int(count)
+            int(row) + 2 * ring + part
             for row, count in zip(tables.first_row, tables.ring_counts, strict=True)
             for ring in range(int(count))
             for part in (0, 1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,10 +30,10 @@ CHUNK_BYTES, REFERENCES_AT_ONCE = 3 * 2**27, 64
 # images side by side: a multiple of what a program takes
 IMAGES = 64
 # launches: rows, columns, warps, stages and rings of a step of the sums; columns, pairs, warps and stages of
-# the angles; warps of the peaks
+# the angles; samples of the peaks
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS, SUM_STAGES, RINGS_DEPTH = 64, 128, 4, 5, 16
 ANGLE_COLUMNS, ANGLE_PAIRS, ANGLE_WARPS, ANGLE_STAGES = 64, 20, 8, 3
-PEAK_WARPS = 2
+PEAK_SAMPLES = 32
 # sums over rings are stored times this, so that half precision keeps their digits
 UNIT = 2.0**12
 # half precision may err by MARGIN, of which frequencies that are left out make FREQUENCY_ERROR rms; so many (reference,
@@ -74,25 +74,44 @@ class References:
 
     Attributes
     ----------
-    spectra
-        for each band of the rings `(2, 2, m, 2·sides·k, rings)`: what takes real and imaginary parts of P, for even and
-        odd frequencies, to the real and then the imaginary parts of Σ ε μ/n P Q*, and with mirrors of Σ ε μ/n P Q.
+    transform
+        `(k, rings, 2, a/2)`: real and imaginary parts of ε μ/n Q; 0 where a ring has no such frequency.
     profiles
-        `(k, rings, 2·a)`: μ q at multiples of half the step between angles, from frequencies below n_r/2.
-    half
-        on a GPU, what its search takes: see :func:`half_references`.
+        `(k, rings, a)`: μ q at the angles by which samples and turned references can differ: multiples of the step
+        between angles for the longest rings, of which shorter ones lie half a step off.
     """
 
     rings: Rings
     count: int
     mirror: bool
-    spectra: list[Tensor]
+    transform: Tensor
     profiles: Tensor
-    half: HalfReferences | None = None
 
     @property
     def sides(self) -> int:
         return 2 if self.mirror else 1
+
+    @functools.cached_property
+    def spectra(self) -> list[Tensor]:
+        """For each band of the rings `(2, 2, m, 2·sides·k, rings)`: what takes P to sums over rings.
+
+        Real and imaginary parts of P, for even and odd frequencies, to the real and then the imaginary parts of
+        Σ ε μ/n P Q*, and with mirrors of Σ ε μ/n P Q.
+        """
+        by_parity = self.transform.unflatten(3, (-1, 2)).permute(2, 4, 3, 0, 1)  # (2, 2, a/4, k, rings)
+        spectra = []
+        for band in self.rings.bands:
+            real, imaginary = by_parity[:, :, band.low // 2 : band.high // 2, :, : band.n_rings]
+            # columns that real and imaginary parts meet, and rows of real and imaginary, straight and mirrored results
+            of_real = [real, real, -imaginary, imaginary][:: 1 if self.mirror else 2]
+            of_imaginary = [imaginary, -imaginary, real, real][:: 1 if self.mirror else 2]
+            spectra.append(torch.stack([torch.cat(of_real, 2), torch.cat(of_imaginary, 2)]))
+        return spectra
+
+    @functools.cached_property
+    def half(self) -> HalfReferences:
+        """What the kernels' search takes; made when first asked for, which waits for the device."""
+        return half_references(self)
 
 
 @dataclass
@@ -126,31 +145,23 @@ class Alignment:
 
 def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) -> References:
     """Sample, normalise and transform references `(k, L, L)`, to be compared straight and, if so, mirrored."""
-    k = len(references)
+    k, n_angles = len(references), rings.n_angles
     pixels, shares = centred(rings, references.dtype, references.device)
-    samples = (references.flatten(1)[:, pixels] * shares).sum(2).T
-    weights = _weights(rings, samples.dtype, samples.device)
-    samples = samples - weights @ samples
-    power = weights @ samples.square()
+    weights = _weights(rings, references.dtype, references.device)
+    samples = (references.flatten(1)[:, pixels] * shares).sum(2)
+    samples = samples - (samples @ weights)[:, None]
+    power = samples.square() @ weights
     # an empty reference stays empty, and correlates with nothing
-    samples = samples * torch.where(power > 0, power, torch.ones_like(power)).rsqrt()
-    ring_weight = _ring_weights(rings, samples.dtype, samples.device)
-    profiles = samples.new_zeros((k, len(rings.radii), 2 * rings.n_angles))
-    transform = ring_spectra(samples, rings)
-    spectra = []
-    for band, waves in zip(rings.bands, _half_steps(rings, samples.dtype, samples.device), strict=True):
-        q = transform[:, :, band.low // 2 : band.high // 2, : band.n_rings] * (2 * ring_weight[: band.n_rings, None])
-        if band.low == 0:
-            q[:, 0, 0] /= 2
-        real, imaginary = q.mT  # (2, m, k, rings)
-        # columns that real and imaginary parts meet, and rows of real and imaginary, straight and mirrored results
-        of_real = [real, real, -imaginary, imaginary][:: 1 if mirror else 2]
-        of_imaginary = [imaginary, -imaginary, real, real][:: 1 if mirror else 2]
-        spectra.append(torch.stack([torch.cat(of_real, 2), torch.cat(of_imaginary, 2)]))
-        profiles[:, : band.n_rings] += torch.einsum("cpmkr,cpma->kra", q.mT, waves)
-    ready = References(rings, k, mirror, spectra, profiles)
-    by_kernels = references.is_cuda and references.dtype == torch.float32
-    return replace(ready, half=half_references(ready)) if by_kernels else ready
+    samples = samples * weights * torch.where(power > 0, power, 1.0).rsqrt()[:, None]
+    both = samples.new_empty((k, len(rings.radii), 2 * n_angles))
+    row = 0
+    for (n, start, count), waves in zip(
+        rings.groups, _reference_waves(rings, samples.dtype, samples.device), strict=True
+    ):
+        group = samples[:, row : row + n * count].unflatten(1, (n, count)).mT
+        torch.bmm(group, waves.expand(k, -1, -1), out=both[:, start : start + count])
+        row += n * count
+    return References(rings, k, mirror, both[..., :n_angles].unflatten(2, (2, -1)), both[..., n_angles:].contiguous())
 
 
 def correlation_table(images: Tensor, centres: Tensor, references: References) -> Tensor:
@@ -329,11 +340,22 @@ def _ring_weights(rings: Rings, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 @functools.lru_cache(maxsize=16)
-def _half_steps(rings: Rings, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """For each band cosines and minus sines `(2, 2, m // 2, 2·a)` at multiples of half the step between angles."""
-    turns = torch.arange(2 * rings.n_angles, dtype=torch.float64) * (math.pi / rings.n_angles)
-    angles = [torch.arange(b.low, b.high).reshape(-1, 2).T[..., None] * turns for b in rings.bands]
-    return [torch.stack([angle.cos(), -angle.sin()]).to(device, dtype) for angle in angles]
+def _reference_waves(rings: Rings, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """For each length of rings `(n, 2·a)`: what takes samples, weighted, to ``transform`` and ``profiles``."""
+    result = []
+    for n, _, _ in rings.groups:
+        first = (torch.arange(n // 4, dtype=torch.float64) + 0.5) * (2 * math.pi / n)
+        theta = torch.cat([first, math.pi - first, math.pi + first, -first])
+        m = torch.arange(n // 2, dtype=torch.float64)
+        factor = torch.where(m > 0, 2.0, 1.0) / n
+        real, imaginary = (theta[:, None] * m).cos() * factor, -(theta[:, None] * m).sin() * factor
+        steps = torch.arange(rings.n_angles, dtype=torch.float64) + (0.0 if n == rings.n_angles else 0.5)
+        turn = m[:, None] * steps * (2 * math.pi / rings.n_angles)
+        profile = real @ turn.cos() - imaginary @ turn.sin()
+        beyond = (0, rings.n_angles // 2 - n // 2)
+        parts = [torch.nn.functional.pad(part, beyond) for part in (real, imaginary)]
+        result.append(torch.cat([*parts, profile], 1).to(device, dtype))
+    return result
 
 
 def _products(spectra: Tensor, references: References) -> Tensor:
@@ -412,7 +434,7 @@ def _scores(samples: Tensor, references: References, reference: Tensor, mirror: 
     alpha = 2 * (nearest[:, None] + torch.arange(-1, 2, device=samples.device))[..., None] + 1
     turned = torch.where(mirror[:, None, None], rings.n_angles + alpha - place, place - alpha) % (2 * rings.n_angles)
     profiles = references.profiles.flatten(1)[reference]
-    profiles = profiles.gather(1, (ring * (2 * rings.n_angles) + turned).flatten(1)).unflatten(1, turned.shape[1:])
+    profiles = profiles.gather(1, (ring * rings.n_angles + turned // 2).flatten(1)).unflatten(1, turned.shape[1:])
     weights = _weights(rings, samples.dtype, samples.device)
     variance = samples.square() @ weights - (samples @ weights).square()
     return (profiles @ samples.mT) * torch.where(variance > 0, variance, torch.inf).rsqrt()[:, None]
@@ -436,9 +458,9 @@ class HalfReferences:
     Attributes
     ----------
     operand
-        `(m, 2·sides·k, 2·rings)` float16: for each frequency what takes its spectra, a row a ring of real and then of
-        imaginary parts, to sums over rings; rows: reference, real or imaginary part of the sum, side; 0 beyond the
-        frequency's rings.
+        `(m, 2·sides·k, 2·rings)` float16: for each frequency what takes its spectra, real and imaginary parts ring by
+        ring, to sums over rings; rows: reference, real or imaginary part of the sum, side; 0 beyond the frequency's
+        rings.
     n_frequencies
         that are looked at, a power of two.
     """
@@ -453,26 +475,30 @@ def half_references(references: References) -> HalfReferences:
     Frequencies are left out if the error of a coefficient with an image of white noise stays below FREQUENCY_ERROR:
     for a share f of the reference's energy, and N pixels within the last ring, it is √(f/N) rms. Waits for the device.
     """
-    rings, sides, k = references.rings, references.sides, references.count
-    weights = _ring_weights(rings, references.profiles.dtype, references.profiles.device)
-    energy = []
-    for band, values in zip(rings.bands, references.spectra, strict=True):
-        straight = values.unflatten(3, (2, sides, k))[0, :, :, :, 0]  # (2, m, 2, k, rings)
-        shares = straight.square() / (2 * weights[: band.n_rings])
-        energy.append(shares.sum((2, 4)).transpose(0, 1).flatten(0, 1))
-    beyond = torch.cat(energy).flip(0).cumsum(0).flip(0).amax(1).tolist()
+    rings, values = references.rings, references.transform
+    counts, tails, inverse = _frequency_tables(rings, values.dtype, values.device)
+    energy = (values.square() * inverse).sum((1, 2))  # (k, a/2)
     allowed = FREQUENCY_ERROR**2 * math.pi * rings.last**2
-    count = SHORTEST // 2
-    while count < rings.n_angles // 2 and beyond[count] > allowed:
-        count *= 2
+    beyond = (energy @ tails).amax(0).tolist()
+    count = next(count for count, rest in zip(counts, beyond, strict=True) if not rest > allowed)
+    real, imaginary = (values[..., :count] * UNIT).half().unbind(2)  # (k, rings, m)
+    # rows of real and imaginary, straight and mirrored results; columns that real and imaginary parts meet
+    terms = torch.stack([real, imaginary, real, -imaginary, -imaginary, real, imaginary, real])
+    terms = terms.unflatten(0, (2, 2, 2))[:, : references.sides].permute(5, 3, 0, 1, 4, 2).flatten(1, 3).flatten(2)
     width = -(-2 * len(rings.radii) // RINGS_DEPTH) * RINGS_DEPTH
-    operand = references.spectra[0].new_zeros((count, k, 2, sides, width), dtype=torch.float16)
-    for band, values in zip(rings.bands, references.spectra, strict=True):
-        if band.low < count:
-            # (m, 2, k, 2, sides, 2, rings)
-            own = (values.unflatten(3, (2, sides, k)) * UNIT).permute(2, 1, 5, 3, 4, 0, 6)
-            operand[band.low : band.high, ..., : 2 * band.n_rings] = own.flatten(5).flatten(0, 1)[: count - band.low]
-    return HalfReferences(operand.flatten(1, 3), count)
+    operand = terms.new_zeros((*terms.shape[:2], width))
+    operand[..., : terms.shape[2]] = terms
+    return HalfReferences(operand, count)
+
+
+@functools.lru_cache(maxsize=16)
+def _frequency_tables(rings: Rings, dtype: torch.dtype, device: torch.device) -> tuple[list[int], Tensor, Tensor]:
+    """Numbers of frequencies to choose from, `(a/2, counts)` 1 for those beyond, and what takes |Q|² to energy."""
+    most = rings.n_angles // 2
+    counts = [SHORTEST // 2 << i for i in range((most // (SHORTEST // 2)).bit_length())]
+    tails = torch.arange(most)[:, None] >= torch.tensor(counts)
+    inverse = 0.5 / _ring_weights(rings, dtype, device)[:, None, None]
+    return counts, tails.to(device, dtype), inverse
 
 
 @dataclass(frozen=True)
@@ -490,7 +516,7 @@ class Tables:
     first_row, ring_counts
         `(m,)` int32: the first row of each frequency in the spectra, and its number of rings.
     samples
-        x, y, ring, angle in halves of the step, and share of the disc, of all samples ring by ring.
+        x, y, ring, angle in halves of the step, and share of the disc, of all samples, row by row of pixels.
     """
 
     radii: Tensor
@@ -514,8 +540,7 @@ class Tables:
         }
         _, x, y = rings.points()
         ring, place = _places(rings, torch.device("cpu"))
-        place = place % (2 * rings.n_angles)
-        order = torch.argsort(ring * 2 * rings.n_angles + place)
+        order = torch.argsort(y.floor() * rings.box + x)
         shares = rings.weights().float()
         return Tables(
             radii=torch.tensor(rings.radii, dtype=torch.float32, device=device),
@@ -537,30 +562,11 @@ def align_by_kernels(images: Tensor, centres: Tensor, references: References, sh
 
     Nothing here waits for the device once the references are ready.
     """
-    rings, table = references.rings, _shift_table(shifts, images.device)
     centres, statistics = centres.double(), torch.var_mean(images, (1, 2))
     best = best_by_kernels(images, centres, references, shifts, statistics)
     # the best few references and sides
     best, which = best.topk(min(CANDIDATES, len(best)), dim=0)
-    value, shift, nearest = unpacked(best.T)
-    which = which.T
-    wanted = value >= value[:, :1] - MARGIN
-    around = centres[:, None] + table[shift]
-    reference, mirror = which // references.sides, which % references.sides == 1
-    values = peaks_by_kernel(images, statistics[1], around, references, reference, mirror, nearest, wanted)
-    taken = values[:, :, 1, 4].argmax(1, keepdim=True)
-    reference, mirror, nearest = (x.gather(1, taken) for x in (reference, mirror, nearest))
-    place = around.gather(1, taken[..., None].expand(-1, -1, 2))
-    values = values.gather(1, taken[..., None, None].expand(-1, -1, 3, 9))[:, 0]
-    free, unit_angle = shifts.free(), 2 * math.pi / rings.n_angles
-    for step in range(PASSES):
-        if step:
-            values = peaks_by_kernel(images, statistics[1], place, references, reference, mirror, nearest, None)[:, 0]
-        moved, peak = quadratic_peak(values.unflatten(2, (3, 3)), (True, free[1], free[0]))
-        place = place + moved[:, None].flip(2)[..., :2]
-        turned = nearest[:, 0] + moved[:, 0]
-        nearest = turned.round().long()[:, None] % rings.n_angles
-    return Alignment(reference[:, 0], mirror[:, 0], (turned + 0.5) * unit_angle, place[:, 0], peak)
+    return peaks_by_kernel(images, statistics[1], centres, references, shifts, best, which)
 
 
 @functools.lru_cache(maxsize=16)
@@ -580,7 +586,7 @@ def best_by_kernels(
 
     rings, device, sides = references.rings, images.device, references.sides
     images = images.contiguous()
-    half = references.half or half_references(references)
+    half = references.half
     tables, table = Tables.of(rings, half.n_frequencies, device), _shift_table(shifts, device).float()
     n, t, quarter, box = len(images), len(table), rings.n_angles // 4, rings.box
     all_rows, depth = half.operand.shape[1:]
@@ -616,10 +622,9 @@ def best_by_kernels(
             frequencies = min(length, 2 * half.n_frequencies) // 4
             together, deep, warps = _spectra_launch(length, frequencies)
             polar_kernels.polar_spectra[(width // together, len(few), count)](
-                columns, few, tables.radii, tables.circles[length // 4], tables.waves[length // 4],
-                tables.first_row, tables.ring_counts, spectra, moments, ring, len(rings.radii), width,
-                n_total, box, QUARTER=length // 4, FREQUENCIES=frequencies, DEPTH=min(deep, length // 4),
-                IMAGES=together, num_warps=warps, num_stages=1,
+                columns, few, tables.radii, tables.circles[length // 4], tables.waves[length // 4], tables.first_row,
+                spectra, moments, ring, len(rings.radii), width, n_total, box, QUARTER=length // 4,
+                FREQUENCIES=frequencies, DEPTH=min(deep, length // 4), IMAGES=together, num_warps=warps, num_stages=1,
             )  # fmt: skip
         average, squares = torch.matmul(tables.shares, moments)
         spread = squares - average.square()
@@ -656,32 +661,39 @@ def unpacked(best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def peaks_by_kernel(
-    images: Tensor, means: Tensor, centres: Tensor, references: References, reference: Tensor, mirror: Tensor,
-    nearest: Tensor, wanted: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Correlation coefficients around the peaks of c candidates of each image in float32: `(n, c, 3, 9)`.
+    images: Tensor, means: Tensor, centres: Tensor, references: References, shifts: Shifts, best: Tensor, which: Tensor
+) -> Alignment:
+    """:func:`refine_peaks` in float32, of the best of each image's candidates.
 
     Parameters
     ----------
     means
         `(n,)` of the images.
     centres
-        `(n, c, 2)` float64.
-    reference, mirror, nearest
-        `(n, c)`, the last the number of the angle.
-    wanted
-        `(n, c)`: others are minus infinity; None: all.
+        `(n, 2)` float64, around which the shifts were tried.
+    best, which
+        `(candidates, n)` int64, falling: see :func:`best_by_kernels`; and the row there, reference and side.
     """
     from torchem.kernels import correlation as kernels
 
-    rings = references.rings
-    x, y, ring, place, weights = Tables.of(rings, rings.n_angles // 2, images.device).samples
-    out = torch.empty((*reference.shape, 3, 9), device=images.device)
-    wanted = torch.ones_like(reference) if wanted is None else wanted
-    integers = (x.int().contiguous() for x in (reference, mirror, nearest, wanted))
-    kernels.peak_values[(reference.numel(),)](
-        images.contiguous(), means, x, y, ring, place, weights, references.profiles, centres.contiguous(), *integers,
-        out, len(x), len(rings.radii), reference.shape[1], rings.box, TWICE_ANGLES=2 * rings.n_angles,
-        SAMPLES=SHORTEST, num_warps=PEAK_WARPS,
+    rings, device, n = references.rings, images.device, len(images)
+    samples = Tables.of(rings, rings.n_angles // 2, device).samples
+    free = shifts.free()
+    pair = torch.empty(n, dtype=torch.int64, device=device)
+    peaks = torch.empty((n, 4), dtype=torch.float64, device=device)
+    kernels.refined_peaks[(n,)](
+        images.contiguous(), means, best.contiguous(), which.contiguous(), _shift_table(shifts, device),
+        centres.contiguous(), *samples, references.profiles, _quadratic_rows((True, free[1], free[0]), device), pair,
+        peaks, n, len(best), len(samples[0]), len(rings.radii), rings.box, MARGIN, SIDES=references.sides,
+        ANGLES=rings.n_angles, SAMPLES=PEAK_SAMPLES, PASSES=PASSES, num_warps=1,
     )  # fmt: skip
-    return out
+    turned, x_and_y, peak = peaks[:, 0], peaks[:, 1:3], peaks[:, 3]
+    angle = (turned + 0.5) * (2 * math.pi / rings.n_angles)
+    return Alignment(pair // references.sides, pair % references.sides == 1, angle, x_and_y, peak)
+
+
+@functools.lru_cache(maxsize=16)
+def _quadratic_rows(free: tuple[bool, bool, bool], device: torch.device) -> Tensor:
+    """:func:`_quadratic` as the kernel takes it: `(13, 32)`, what is added last."""
+    matrix, bias = _quadratic(free, device)
+    return torch.cat([matrix.T, matrix.new_zeros((13, 4)), bias[:, None]], 1).contiguous()
