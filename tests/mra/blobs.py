@@ -39,4 +39,8 @@ def blobs(n: int, k: int, box: int = 24, noise: float = 0.3, seed: int = 0, reac
 def in_memory(images: np.ndarray, pixel_size: float | None = 2.0) -> Images:
     """Images that are on no disk."""
     names = [f"{number + 1:06d}@memory.mrcs" for number in range(len(images))]
-    return Images("memory", names, images.shape[-1], pixel_size, lambda rows: images[np.asarray(rows)], lambda: None)
+
+    def read(rows: np.ndarray | list[int], out: np.ndarray | None = None) -> np.ndarray:
+        return np.take(images, np.asarray(rows), 0, out, mode="clip")
+
+    return Images("memory", names, images.shape[-1], pixel_size, read, lambda: None)

@@ -75,8 +75,8 @@ class BdbStack:
             if offset + 4 * int(np.prod(self.shape)) > len(self._open(file)):
                 raise self._truncated(key, file)
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Images `(n, y, x)` or volumes `(n, z, y, x)`, float32, at ``indices`` from 0.
+    def read(self, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Images `(n, y, x)` or volumes `(n, z, y, x)`, float32, at ``indices`` from 0; in ``out``, if there is one.
 
         Raises
         ------
@@ -84,7 +84,7 @@ class BdbStack:
             for pixels that are not there and an image of another size than the first.
         """
         keys = self.keys[np.asarray(indices, np.int64).reshape(-1)].tolist()
-        images = np.empty((len(keys), *self.shape), np.float32)
+        images = np.empty((len(keys), *self.shape), np.float32) if out is None else out
         for image, key in zip(images, keys, strict=True):
             file, offset = self._place(key)
             pixels = self._open(file)[offset : offset + image.nbytes]

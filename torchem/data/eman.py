@@ -66,8 +66,8 @@ class EmanStack:
         for index in range(len(self)):
             self._check_shape(index, self._dataset(index).shape)
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Images `(n, y, x)` or volumes `(n, z, y, x)`, float32, at ``indices`` from 0.
+    def read(self, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Images `(n, y, x)` or volumes `(n, z, y, x)`, float32, at ``indices`` from 0; in ``out``, if there is one.
 
         Integers that EMAN2 stored in place of floats to save room are brought back to their range.
 
@@ -77,7 +77,7 @@ class EmanStack:
             for an image that is not there or of another size than the first.
         """
         indices = np.asarray(indices, np.int64).reshape(-1)
-        images = np.empty((len(indices), *self.shape), np.float32)
+        images = np.empty((len(indices), *self.shape), np.float32) if out is None else out
         for row in np.argsort(indices, kind="stable").tolist():  # disks like to read forwards
             index = int(indices[row])
             dataset = self._dataset(index)

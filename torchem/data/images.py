@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -15,6 +16,12 @@ from torchem.errors import InputError
 _MRC = (".mrcs", ".mrc", ".st", ".map")
 _HDF5 = (".hdf", ".hdf5", ".h5")
 _TABLES = (".star", ".cs")
+
+
+class Reader(Protocol):
+    """What gives images at indices, in an array of the caller's if there is one."""
+
+    def __call__(self, indices: np.ndarray | list[int], out: np.ndarray | None = None) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Images:
     pixel_size
         Å; None where the file does not say.
     read
-        gives `(n, L, L)` float32 images at any indices from 0.
+        gives `(n, L, L)` float32 images at any indices from 0; in ``out``, if there is one.
     check
         raises `InputError` unless all images are there, whole and of one size.
     particles
@@ -43,7 +50,7 @@ class Images:
     names: Sequence[str]
     box: int
     pixel_size: float | None
-    read: Callable[[np.ndarray | list[int]], np.ndarray]
+    read: Reader
     check: Callable[[], None]
     particles: Particles | None = None
 

@@ -136,6 +136,11 @@ def _write(path: str | Path, array: np.ndarray, pixel_size: float, label: str, v
         file.header.nlabl = 1
 
 
+def _run(places: np.ndarray) -> np.ndarray | slice:
+    """Places one after the other as a slice, by which they are copied once and not twice."""
+    return slice(int(places[0]), int(places[-1]) + 1) if (np.diff(places) == 1).all() else places
+
+
 class ImageStacks:
     """Images that names like ``000001@Extract/a.mrcs`` point to, in any number of memory-mapped stacks.
 
@@ -231,7 +236,7 @@ class ImageStacks:
             for run in np.split(rows, np.flatnonzero(np.diff(files[rows])) + 1):
                 # few steps: between them a thread waits for the interpreter
                 for some in np.split(run, range(at_once, len(run), at_once)):
-                    images[some] = stacks[int(files[some[0]])][positions[some]]
+                    images[_run(some)] = stacks[int(files[some[0]])][_run(positions[some])]
 
         at_once = max(1, COPIED * len(images) // max(1, images.nbytes))
         # disks like to read forwards, and one thread cannot keep up with a fast one, or with memory

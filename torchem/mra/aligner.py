@@ -13,7 +13,6 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Self
 
@@ -130,28 +129,25 @@ class _Aligner(ABC):
     def _centres(self, shifts: Shifts) -> Tensor:
         """`(n, 2)` whole pixels around which shifts are tried: where images were, as far as the rings have room."""
         room = max(0, int(self.rings.reach - self.rings.last - max(shifts.x_range, shifts.y_range)))
-        return self.state.alignment.offset.to(self.device).round().clamp(-room, room)
+        return self.state.alignment.offset.round().clamp(-room, room)
 
     def _gathered(self, found: list[Alignment]) -> Alignment:
-        """All images of all ranks, on the host."""
+        """All images of all ranks."""
         mine = self.world.share(len(self.images))
-        merged: dict[str, Tensor] = {}
-        for field in fields(Alignment):
-            old = getattr(self.state.alignment, field.name)
-            values = torch.zeros(old.shape, dtype=torch.float64, device=self.device)
-            if found:
-                values[mine.start : mine.stop] = torch.cat([getattr(best, field.name) for best in found]).double()
-            merged[field.name] = self.world.sum_(values).cpu().to(old.dtype)
-        return Alignment(**merged)
+        values = torch.zeros((6, len(self.images)), dtype=torch.float64, device=self.device)
+        if found:
+            values[:, mine.start : mine.stop] = torch.cat([
+                torch.stack([best.reference, best.mirror, best.angle, *best.offset.unbind(1), best.peak])
+                for best in found
+            ], 1)  # fmt: skip
+        reference, mirror, angle, x, y, peak = self.world.sum_(values)
+        return Alignment(reference.long(), mirror > 0, angle, torch.stack([x, y], 1), peak)
 
     def _report(self, sums: ClassSums, frc: Tensor, averages: Tensor, shifts: Shifts, started: float) -> Iteration:
         state = self.state
-        error = state.pixel_error
-        kept = torch.isfinite(error)
         return Iteration(
-            state.iteration, _table(state, self.images), averages, frc, sums.members, 1 - float(kept.double().mean()),
-            float(error[kept].mean()) if kept.any() else float("nan"), float(state.alignment.peak.mean()), shifts,
-            time.perf_counter() - started, state.converged,
+            state.iteration, _table(state, self.images), averages, frc, sums.members, *state.movement(),
+            float(state.alignment.peak.mean()), shifts, time.perf_counter() - started, state.converged,
         )  # fmt: skip
 
 
@@ -185,9 +181,6 @@ class MultiReferenceAligner(_Aligner):
         # every image goes to the reference that it fits best
         alignment, sums = self._pass(shifts)
         state.update(alignment, self.rings.last)
-        kept = torch.isfinite(state.pixel_error)
-        changed, moved = 1 - float(kept.double().mean()), float(state.pixel_error[kept].double().mean())
-        state.converged = state.iteration > 1 and changed < SETTLED_SHARE and moved < SETTLED_PX
 
         # what it fits are now the averages of what they took
         averages = sums.averages().float()
@@ -199,6 +192,8 @@ class MultiReferenceAligner(_Aligner):
             averages, references = rolled(averages, centres), rolled(references, centres)
             state.follow(centres)
         state.references = self._reseat(references, sums.members)
+        changed, moved = state.movement()
+        state.converged = state.iteration > 1 and changed < SETTLED_SHARE and moved < SETTLED_PX
         return self._report(sums, frc, averages, shifts, started)
 
     def _start(self) -> Tensor:
@@ -228,9 +223,9 @@ class MultiReferenceAligner(_Aligner):
                 break
             own = (state.alignment.reference == taken).nonzero()[:, 0]
             worst = own[state.alignment.peak[own].argsort()[: len(own) // 2]]
-            chosen = worst[torch.randperm(len(worst), generator=state.generator)[:SEED_IMAGES]]
+            chosen = worst[torch.randperm(len(worst), generator=state.generator)[:SEED_IMAGES].to(self.device)]
             log.info("class %d has %d images: some of class %d take its seat", seat, int(sizes[seat]), taken)
-            references[seat] = self._average(chosen).to(references)
+            references[seat] = self._average(chosen)
         return references
 
     def _average(self, numbers: Tensor) -> Tensor:
@@ -238,7 +233,7 @@ class MultiReferenceAligner(_Aligner):
         alignment = self.state.alignment
         sx, sy = alignment.shift()[numbers].unbind(1)
         alpha, mirror = torch.rad2deg(alignment.angle[numbers]), alignment.mirror[numbers]
-        return transformed(self.batches.read(numbers), alpha, sx, sy, mirror).mean(0)
+        return transformed(self.batches.read(numbers.cpu()).to(self.device), alpha, sx, sy, mirror).mean(0)
 
 
 class ReferenceFreeAligner(_Aligner):
@@ -282,15 +277,16 @@ class ReferenceFreeAligner(_Aligner):
 
 
 def _table(state: State, images: Images) -> pd.DataFrame:
-    alignment = state.alignment
-    shift = alignment.shift().numpy()
+    found = state.alignment
+    columns = found.reference, found.mirror, found.angle, *found.shift().unbind(1), found.peak, state.pixel_error
+    reference, mirror, angle, sx, sy, peak, error = torch.stack([column.double() for column in columns]).cpu().numpy()
     return pd.DataFrame({
         "image": list(images.names),
-        "class_id": alignment.reference.numpy(),
-        "mirror": alignment.mirror.numpy().astype(np.int64),
-        "alpha": np.mod(np.rad2deg(alignment.angle.numpy()), 360.0),
-        "sx": shift[:, 0],
-        "sy": shift[:, 1],
-        "peak": alignment.peak.numpy(),
-        "pixel_error": state.pixel_error.numpy(),
+        "class_id": reference.astype(np.int64),
+        "mirror": mirror.astype(np.int64),
+        "alpha": np.mod(np.rad2deg(angle), 360.0),
+        "sx": sx,
+        "sy": sy,
+        "peak": peak,
+        "pixel_error": error,
     })  # fmt: skip

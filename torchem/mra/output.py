@@ -77,8 +77,9 @@ class Output:
 def save_checkpoint(path: Path, state: State) -> None:
     """Write all of a state, exactly; the same state gives the same bytes."""
     plain = dict(vars(state))
-    plain["alignment"] = dict(vars(state.alignment))
-    plain["references"] = state.references.cpu().clone()
+    plain["alignment"] = {name: values.cpu() for name, values in vars(state.alignment).items()}
+    for name in ("references", "pixel_error"):
+        plain[name] = plain[name].cpu().clone()
     write_checkpoint(path, plain)
 
 
@@ -95,6 +96,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State:
         raise InputError(f"{folder}: holds no whole iteration of torchem; start a new run with run_name=NEW")
     name = marks[-1].name.removesuffix(MARK) + "checkpoint.pt"
     plain = read_checkpoint(folder / name)
-    plain["alignment"] = Alignment(**plain["alignment"])
-    plain["references"] = plain["references"].to(device)
+    plain["alignment"] = Alignment(**{name: values.to(device) for name, values in plain["alignment"].items()})
+    for name in ("references", "pixel_error"):
+        plain[name] = plain[name].to(device)
     return State(**plain)

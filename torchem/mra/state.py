@@ -17,7 +17,7 @@ FRC_THRESHOLD = 0.5
 
 @dataclass
 class State:
-    """All of it; the references on the device, the rest on the host.
+    """All of it, on the device.
 
     Attributes
     ----------
@@ -48,12 +48,9 @@ class State:
     @staticmethod
     def initial(n_images: int, references: Tensor, seed: int, given: bool) -> State:
         """Nothing is known of any image."""
-        none = Alignment(
-            torch.full((n_images,), -1), torch.zeros(n_images, dtype=torch.bool),
-            torch.zeros(n_images, dtype=torch.float64), torch.zeros((n_images, 2), dtype=torch.float64),
-            torch.zeros(n_images, dtype=torch.float64),
-        )  # fmt: skip
-        error = torch.full((n_images,), torch.nan, dtype=torch.float64)
+        zero = torch.zeros(n_images, dtype=torch.float64, device=references.device)
+        none = Alignment(zero.long() - 1, zero.bool(), zero, torch.stack([zero, zero], 1), zero)
+        error = zero + torch.nan
         generator = torch.Generator().manual_seed(seed)
         return State(0, none, references, given, error, False, 0, 0.0, generator)
 
@@ -66,10 +63,16 @@ class State:
         self.pixel_error = torch.where(same, error, torch.nan)
         self.alignment = alignment
 
+    def movement(self) -> tuple[float, float]:
+        """Share of the images that changed class or mirror, and the mean pixel error of the others, NaN without any."""
+        error = self.pixel_error.cpu()
+        kept = torch.isfinite(error)
+        return 1 - float(kept.double().mean()), float(error[kept].mean())
+
     def follow(self, centres: Tensor) -> None:
         """The average of each class was moved so that whole-pixel places `(k, 2)` are its centre: so are its images."""
         alignment = self.alignment
-        x, y = centres.cpu().double()[alignment.reference].unbind(1)
+        x, y = centres.double()[alignment.reference].unbind(1)
         x = torch.where(alignment.mirror, -x, x)
         c, s = alignment.angle.cos(), alignment.angle.sin()
         alignment.offset = alignment.offset + torch.stack([c * x - s * y, s * x + c * y], 1)
