@@ -38,8 +38,8 @@ def rows(case: Case) -> Iterator[dict]:
         centres = torch.zeros((len(images), 2), dtype=torch.float64, device=DEVICE)
         peak = peak_mb(one_pass, images, centres, references, rings, shifts)
         time = seconds_with_host(one_pass, images, centres, references, rings, shifts, repeats=case.repeats)
-        half = prepare_references(references, rings).half
-        kept = half.n_frequencies if half else rings.n_angles // 2
+        gpu = DEVICE.type == "cuda"
+        kept = prepare_references(references, rings).half.n_frequencies if gpu else rings.n_angles // 2
         floor = floor_seconds(len(images), count, rings, shifts, kept)
         yield {
             "operation": operation, "precision": "single", "n_particles": case.n_particles, "box": case.box,

@@ -49,7 +49,7 @@ class Rings:
     def radii(self) -> list[int]:
         return list(range(self.last, self.first - 1, -1))
 
-    @property
+    @functools.cached_property
     def lengths(self) -> list[int]:
         """Samples of each ring."""
         return [max(SHORTEST, 2 ** math.ceil(math.log2(2 * math.pi * r))) for r in self.radii]
@@ -63,13 +63,13 @@ class Rings:
     def n_samples(self) -> int:
         return sum(self.lengths)
 
-    @property
+    @functools.cached_property
     def groups(self) -> list[tuple[int, int, int]]:
         """Rings of one length: length, the first of them, how many; long ones first."""
         lengths = self.lengths
         return [(n, lengths.index(n), lengths.count(n)) for n in sorted(set(lengths), reverse=True)]
 
-    @property
+    @functools.cached_property
     def bands(self) -> list[Band]:
         """Frequencies by how many rings have them: a ring those below half of its length."""
         lengths = self.lengths
