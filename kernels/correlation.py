@@ -37,11 +37,11 @@ def ring_sums(
     tl.store(to, total.to(products.dtype.element_ty), (row < n_rows)[:, None] & there[None, :])
 
 
-@triton.jit(do_not_specialize=("n_pairs", "first_shift"))
+@triton.jit(do_not_specialize=("n_rings", "n_pairs", "first_shift"))
 def highest_angles(
-    products, waves, scale, best, n_pairs, first_shift, width, best_width, n_total,
+    products, waves, moments, shares, best, n_rings, n_pairs, first_shift, width, best_width, n_total, unit,
     QUARTER: tl.constexpr, FREQUENCIES: tl.constexpr, ANGLES: tl.constexpr, COLUMNS: tl.constexpr,
-    SIDES: tl.constexpr, PAIRS: tl.constexpr, ANGLE_BITS: tl.constexpr,
+    SIDES: tl.constexpr, PAIRS: tl.constexpr, ANGLE_BITS: tl.constexpr, RINGS: tl.constexpr,
 ):  # fmt: skip
     """Turn sums over rings into correlation coefficients at all angles and keep the highest, over shifts too.
 
@@ -53,15 +53,25 @@ def highest_angles(
         `(2·FREQUENCIES, 2·n_pairs, n_total)`; rows: reference, real or imaginary, side.
     waves
         `(2, 2, QUARTER, QUARTER)`: cosine or sine, parity, angle, frequency // 2.
-    scale
-        `(n_total,)` what the values are multiplied by.
+    moments, shares
+        `(2, n_rings, n_total)` sums of p and p² of each ring, and the shares of the disc of their samples: values are
+        divided by the standard deviation, and by the unit.
     best
         `(n_pairs, best_width)` int64, at the first image of these columns: the value's bits in the order of integers,
         then 16 bits of the shift's number and 16 of the angle's.
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     image, shift = column % width, column // width + first_shift
-    factor = tl.load(scale + column)
+    mean, square = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, n_rings, RINGS):
+        ring = start + tl.arange(0, RINGS)
+        share = tl.load(shares + ring, ring < n_rings, other=0.0)[:, None]
+        its = moments + ring.to(tl.int64)[:, None] * n_total + column[None, :]
+        inside = (ring < n_rings)[:, None]
+        mean += tl.sum(share * tl.load(its, inside, other=0.0), 0)
+        square += tl.sum(share * tl.load(its + n_rings.to(tl.int64) * n_total, inside, other=0.0), 0)
+    spread = square - mean * mean
+    factor = tl.where(spread > 0, tl.rsqrt(tl.maximum(spread, 1e-30)), 0.0) / unit
     size: tl.constexpr = QUARTER * QUARTER
     frequency = tl.arange(0, FREQUENCIES)
     angle = tl.arange(0, ANGLES)

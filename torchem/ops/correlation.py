@@ -626,9 +626,6 @@ def best_by_kernels(
                 spectra, moments, ring, len(rings.radii), width, n_total, box, QUARTER=length // 4,
                 FREQUENCIES=frequencies, DEPTH=min(deep, length // 4), IMAGES=together, num_warps=warps, num_stages=1,
             )  # fmt: skip
-        average, squares = torch.matmul(tables.shares, moments)
-        spread = squares - average.square()
-        factor = torch.where(spread > 0, spread, torch.inf).rsqrt() / UNIT
         for pair in range(0, pairs, pairs_at_once):
             here = min(pairs_at_once, pairs - pair)
             products = torch.empty((half.n_frequencies, 2 * here, n_total), dtype=torch.float16, device=device)
@@ -639,9 +636,10 @@ def best_by_kernels(
                 num_warps=SUM_WARPS, num_stages=SUM_STAGES,
             )  # fmt: skip
             kernels.highest_angles[(n_total // ANGLE_COLUMNS, -(-here // ANGLE_PAIRS))](
-                products, tables.back_waves, factor, best[pair:, start:], here, first, width, best.shape[1], n_total,
-                QUARTER=quarter, FREQUENCIES=half.n_frequencies // 2, ANGLES=min(quarter, 64), COLUMNS=ANGLE_COLUMNS,
-                SIDES=sides, PAIRS=ANGLE_PAIRS, ANGLE_BITS=rings.n_angles.bit_length() - 1, num_warps=ANGLE_WARPS,
+                products, tables.back_waves, moments, tables.shares, best[pair:, start:], len(rings.radii), here, first,
+                width, best.shape[1], n_total, UNIT, QUARTER=quarter, FREQUENCIES=half.n_frequencies // 2,
+                ANGLES=min(quarter, 64), COLUMNS=ANGLE_COLUMNS, SIDES=sides, PAIRS=ANGLE_PAIRS,
+                ANGLE_BITS=rings.n_angles.bit_length() - 1, RINGS=32, num_warps=ANGLE_WARPS,
                 num_stages=max(1, min(ANGLE_STAGES, 192 // half.n_frequencies)),
             )  # fmt: skip
     return best[:, :n]
