@@ -6,7 +6,6 @@ within a path cuts the row, a binary file gives no blocks. Its writer rounds to 
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,13 +22,6 @@ _TOKEN = re.compile(r"""\s*(?:"([^"]*)"(?=\s|$)|'([^']*)'(?=\s|$)|(\S+))""")
 _HEADER = re.compile(r"_(\S+)(?:\s+(.*))?$")
 
 Block: TypeAlias = dict[str, Any] | pd.DataFrame
-
-
-@dataclass(frozen=True)
-class Loop:
-    """A loop to be written whose values are :func:`words` already, column by column."""
-
-    columns: dict[str, list[str]]
 
 
 def read_star(path: str | Path, last: str | None = None) -> dict[str, Block]:
@@ -89,22 +81,20 @@ def read_star(path: str | Path, last: str | None = None) -> dict[str, Block]:
     return blocks
 
 
-def write_star(
-    path: str | Path, blocks: Mapping[str, Mapping[str, Any] | pd.DataFrame | Loop], comment: str = ""
-) -> None:
+def write_star(path: str | Path, blocks: Mapping[str, Mapping[str, Any] | pd.DataFrame], comment: str = "") -> None:
     """Write blocks in RELION 5's layout, under a temporary name until whole.
 
-    A table or :class:`Loop` is a loop, a mapping single values. Lines of ``comment`` head the file.
+    Floats carry the shortest digits that read back exactly, bools are 0 and 1, text is quoted where it has spaces
+    or is empty. Lines of ``comment`` head the file.
     """
     parts = [f"# {line}\n" for line in comment.splitlines()]
     for name, block in blocks.items():
         parts.append(f"\n# version 50001\n\ndata_{name}\n\n")
         if isinstance(block, pd.DataFrame):
-            block = Loop({label: words(column.to_numpy()) for label, column in block.items()})
-        if isinstance(block, Loop):
             parts.append("loop_ \n")
             parts += [f"_{label} #{number} \n" for number, label in enumerate(block.columns, 1)]
-            parts += [" ".join(row) + " \n" for row in zip(*block.columns.values(), strict=True)]
+            columns = [_words(column.to_numpy()) for _, column in block.items()]
+            parts += [" ".join(row) + " \n" for row in zip(*columns, strict=True)]
         else:
             parts += [f"_{label:<50} {_word(value)}\n" for label, value in block.items()]
         parts.append(" \n")
@@ -190,17 +180,11 @@ def _column(label: str, values: Sequence[str]) -> np.ndarray:
     return np.array(values, dtype=object)
 
 
-def words(values: np.ndarray) -> list[str]:
-    """Values of a column as they stand in a file.
-
-    Floats carry the shortest digits that read back exactly, bools are 0 and 1, text is quoted where it has spaces
-    or is empty.
-    """
+def _words(values: np.ndarray) -> list[str]:
     if values.dtype.kind == "f" and values.dtype != np.float64:
         return values.astype(str).tolist()  # shortest digits of a float32
     if values.dtype.kind in "fiu":
-        # not map: a thread that writes gives way to the others between two values only in a loop of Python's own
-        return [repr(value) for value in values.tolist()]
+        return list(map(repr, values.tolist()))
     return [_word(value) for value in values.tolist()]
 
 
@@ -209,7 +193,7 @@ def _word(value: Any) -> str:
         if isinstance(value, bool | np.bool_):
             return str(int(value))
         if isinstance(value, np.generic):
-            return words(np.array([value]))[0]
+            return _words(np.array([value]))[0]
         if isinstance(value, int | float):
             return repr(value)
     text = str(value)

@@ -1,10 +1,11 @@
 """What a run leaves behind: RELION's files for each iteration, and a checkpoint for what they cannot hold exactly.
 
 Files are written under temporary names; the optimiser file comes last and marks the iteration as whole. They are
-written on a thread, from a copy of the state, while the next iteration is computed.
+written on a thread, text in a process of its own, from a copy of the state, while the next iteration is computed.
 """
 
 import dataclasses
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from torchem.data.relion import (
     write_optimiser,
     write_sampling,
 )
-from torchem.data.star import Loop, words, write_star
+from torchem.data.star import write_star
 from torchem.em.maximization import Joined
 from torchem.em.model import Model, Poses, State
 from torchem.em.options import RefineOptions
 from torchem.em.sampling import Grid, Sampling
+from torchem.runtime import beside
 
 HOST = torch.device("cpu")
 
@@ -56,7 +58,6 @@ class Output:
         # a single thread keeps the order, and Python ends no process before it is through
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torchem-output")
         self._writing: Future[None] | None = None
-        self._unchanging: dict[str, list[str]] | None = None
 
     def write(self, state: State, grid: Grid, joined: Joined | None) -> None:
         """Begin to write an iteration, or the result if there is a joined map; all of it is copied first.
@@ -109,6 +110,10 @@ class Output:
         self._angular_distribution("run_class001_angdist.bild", state)
         self._optimiser("run", state, ["run"])
 
+    def _write(self, write: Callable[..., None], name: str, content: Any) -> None:
+        """Write text in the other process: Python makes words of thousands of numbers, one by one."""
+        beside.call(write, (self.folder / name).absolute(), content, self.comment)
+
     def _map(self, name: str, map_: Tensor) -> None:
         write_map(self.folder / name, map_.numpy(), self.pixel_size, label=self.comment)
 
@@ -135,7 +140,7 @@ class Output:
                 orientability=state.orientability.numpy(),
                 pdf_direction=model.pdf_direction[k].numpy() if model.ndim == 3 else None,
             ))  # fmt: skip
-        write_model(self.folder / f"{stem}_model.star", ModelFile(
+        self._write(write_model, f"{stem}_model.star", ModelFile(
             reference_dimension=model.ndim, box=self.box, current_resolution=state.current_resolution,
             current_size=state.current_size, pixel_size=self.pixel_size, classes=classes,
             group_names=self.particles.group_names,
@@ -146,17 +151,12 @@ class Output:
             orientational_prior_mode=0 if state.local_sigma is None else 3,
             sigma_prior_rot=state.local_sigma or 0.0, sigma_prior_tilt=state.local_sigma or 0.0,
             sigma_prior_psi=state.local_sigma or 0.0,
-        ), self.comment)  # fmt: skip
+        ))  # fmt: skip
 
     def _data(self, stem: str, state: State) -> None:
         poses = state.poses
-        if self._unchanging is None:
-            # what is the same in every iteration is put into words once
-            table = self.particles.table.assign(
-                rlnGroupNumber=self.particles.group + 1, rlnRandomSubset=state.subset.numpy() + 1
-            )
-            self._unchanging = {label: words(column.to_numpy()) for label, column in table.items()}
-        columns = {
+        table = self.particles.table.assign(**{
+            "rlnGroupNumber": self.particles.group + 1,
             "rlnAngleRot": poses.euler[:, 0].numpy(),
             "rlnAngleTilt": poses.euler[:, 1].numpy(),
             "rlnAnglePsi": poses.euler[:, 2].numpy(),
@@ -164,18 +164,16 @@ class Output:
             "rlnOriginYAngst": poses.offset_angst[:, 1].numpy(),
             "rlnClassNumber": poses.class_number.numpy() + 1,
             "rlnNormCorrection": poses.norm_correction.numpy(),
+            "rlnRandomSubset": state.subset.numpy() + 1,
             "rlnLogLikeliContribution": poses.log_likelihood.numpy(),
             "rlnMaxValueProbDistribution": poses.pmax.numpy(),
             "rlnNrOfSignificantSamples": poses.significant.numpy(),
-        }
-        loop = Loop(self._unchanging | {label: words(values) for label, values in columns.items()})
-        write_star(
-            self.folder / f"{stem}_data.star", {"optics": self.particles.optics_table, "particles": loop}, self.comment
-        )
+        })  # fmt: skip
+        self._write(write_star, f"{stem}_data.star", {"optics": self.particles.optics_table, "particles": table})
 
     def _sampling(self, stem: str, state: State, directions: Tensor) -> None:
         sampling, options = state.sampling, self.options.sampling
-        write_sampling(self.folder / f"{stem}_sampling.star", SamplingFile(
+        self._write(write_sampling, f"{stem}_sampling.star", SamplingFile(
             healpix_order=sampling.healpix_order, symmetry=sampling.symmetry, psi_step=sampling.psi_step,
             offset_range=sampling.offset_range, offset_step=sampling.offset_step,
             perturb_instance=sampling.perturbation, perturb_factor=sampling.perturb,
@@ -184,13 +182,13 @@ class Output:
             offset_range_original=options.offset_range * self.pixel_size,
             offset_step_original=options.offset_step * self.pixel_size,
             directions=directions.numpy(),
-        ), self.comment)  # fmt: skip
+        ))  # fmt: skip
 
     def _optimiser(self, stem: str, state: State, models: list[str]) -> None:
         options = self.options
         name = {n: str(self.folder / f"{n}.star") for n in
                 (f"{stem}_data", f"{stem}_sampling", *(f"{m}_model" for m in models))}  # fmt: skip
-        write_optimiser(self.folder / f"{stem}_optimiser.star", OptimiserFile(
+        self._write(write_optimiser, f"{stem}_optimiser.star", OptimiserFile(
             output_root=str(self.folder / "run"),
             model_star=name[f"{models[0]}_model"],
             model_star2=name[f"{models[1]}_model"] if len(models) > 1 else None,
@@ -211,7 +209,7 @@ class Output:
             smallest_changes_classes=0, has_converged=state.converged, has_high_fsc=state.has_high_fsc,
             norm=options.norm, scale=options.scale, ctf=options.ctf,
             ctf_phase_flipped=any(o.phase_flipped for o in self.particles.optics),
-        ), self.comment)  # fmt: skip
+        ))  # fmt: skip
 
     def _angular_distribution(self, name: str, state: State) -> None:
         """How many particles look along each direction, as cylinders around the map for ChimeraX."""
