@@ -172,9 +172,13 @@ class Refiner:
         known = options.reference.ini_high if state.iteration == 1 else state.current_resolution
         schedule.image_sizes(state, self.box, self.pixel_size, self.diameter, known)
         state.sampling.perturb_again(state.generator)
+        geometries = [
+            ImageGeometry.of(optics, state.current_size, self.box, self.pixel_size, self.dtype, self.device)
+            for optics in self.optics
+        ]
         if state.iteration > 1:
             with memory.scope("chunk"):
-                self._estimate_accuracy()
+                self._estimate_accuracy(geometries)
             schedule.update_sampling(state, options.sampling.local_healpix_order)
         if self.grid.sampling is not state.sampling:
             with memory.place("run"):
@@ -185,7 +189,7 @@ class Refiner:
 
         # where every particle looks, and what each half then is
         old_euler, old_offsets = state.poses.euler.clone(), state.poses.offset_angst.clone()
-        sums = self._expectation(cross_correlation)
+        sums = self._expectation(geometries, cross_correlation)
         with memory.scope("chunk"):
             self.joined = memory.keep(self._maximization(sums, cross_correlation), "run")
             memory.keep(state.halves, "run")
@@ -260,7 +264,7 @@ class Refiner:
 
     # expectation
 
-    def _expectation(self, cross_correlation: bool) -> list[Sums]:
+    def _expectation(self, geometries: list[ImageGeometry], cross_correlation: bool) -> list[Sums]:
         """The sums of both halves over all particles of all ranks; sets the poses."""
         state = self.state
         settings = ExpectationSettings(
@@ -276,7 +280,7 @@ class Refiner:
         # the first images of a half are read while the last of the other are worked on
         images = self.images.batches([part for _, part in chain(*parts)])
         sums = [
-            self._expectation_of_half(half, mine, images, settings, found, done)
+            self._expectation_of_half(half, mine, geometries, images, settings, found, done)
             for half, mine in zip(state.halves, parts, strict=True)
         ]
         for tensor in (*vars(found).values(), done):
@@ -299,22 +303,16 @@ class Refiner:
         ]
 
     def _expectation_of_half(
-        self, half: Model, parts: list[tuple[int, Tensor]], batches: Iterator[tuple[Tensor, Tensor]],
-        settings: ExpectationSettings, found: Poses, done: Tensor,
+        self, half: Model, parts: list[tuple[int, Tensor]], geometries: list[ImageGeometry],
+        batches: Iterator[tuple[Tensor, Tensor]], settings: ExpectationSettings, found: Poses, done: Tensor,
     ) -> Sums:  # fmt: skip
         """The sums of one half; notes what was found for its particles."""
         expectation = Expectation(half, self.grid, settings, self.operators)
-        geometry = {
-            group: ImageGeometry.of(
-                self.optics[group], settings.current_size, self.box, self.pixel_size, self.dtype, self.device
-            )
-            for group in dict(parts)
-        }
         for group, part in parts:
             images, indices = next(batches)
             if len(indices):
                 with memory.scope("batch"):
-                    self._batch(expectation, half, group, geometry[group], images, indices, found, done)
+                    self._batch(expectation, half, group, geometries[group], images, indices, found, done)
             if self.progress is not None:
                 self._finished += len(part)
                 self.progress(self._finished, len(self.mine))
@@ -404,15 +402,13 @@ class Refiner:
 
     # schedule and files
 
-    def _estimate_accuracy(self) -> None:
+    def _estimate_accuracy(self, geometries: list[ImageGeometry]) -> None:
         """How well the data can tell poses apart, from 100 particles and the first half's map (all ranks alike)."""
         state = self.state
         shuffled = torch.randperm(len(self.particles), generator=state.generator)
         group = int(self.optics_group[shuffled[0]])
         chosen = shuffled[self.optics_group[shuffled] == group][: schedule.ACCURACY_PARTICLES]
-        geometry = ImageGeometry.of(
-            self.optics[group], state.current_size, self.box, self.pixel_size, self.dtype, self.device
-        )
+        geometry = geometries[group]
         parameters = None if self.ctf_parameters is None else self.ctf_parameters[chosen].to(self.device)
         ctf, _ = modulations(geometry, parameters, len(chosen), self.dtype)
         sigma2 = state.halves[0].sigma2_noise[group]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchem.imaging.symmetry import asymmetric_directions, euler_angles, rotation_matrix
+from torchem.imaging.symmetry import asymmetric_directions, psi_angle, rotation_matrix
 from torchem.ops.significant import row_logsumexp
 from torchem.runtime import memory
 
@@ -198,7 +198,7 @@ class Grid:
             mates = (poses.flatten(0, 1) @ some.transpose(0, 1).flatten(1)).view(n, 3, -1, 3).transpose(1, 2)
             mates = mates.flatten(0, 1)
             cosine = mates[:, 2] @ self.views.T  # (n·g, d)
-            _, _, psi = euler_angles(mates)
+            psi = psi_angle(mates)
             mate, direction = torch.nonzero(cosine > bound, as_tuple=True)
             found.append((mate // len(some), direction, cosine[mate, direction], psi[mate]))
             best = cosine.max(1)

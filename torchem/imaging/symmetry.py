@@ -14,6 +14,8 @@ from torchem.runtime import memory
 
 # above this many directions RELION leaves the borders of the asymmetric unit as they are
 BORDER_LIMIT = 4000
+# sine of the tilt up to which rot and psi turn about the same axis
+POLE = 16 * torch.finfo(torch.float32).eps
 # pairs of an orientation and an operator that are compared at once
 COMPARED = 2**18
 
@@ -157,14 +159,19 @@ def euler_angles(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     sine = torch.hypot(matrix[..., 2, 0], matrix[..., 2, 1])
     tilt = torch.atan2(sine, matrix[..., 2, 2])
-    pole = sine <= 16 * torch.finfo(torch.float32).eps
+    pole = sine <= POLE
     zero = torch.zeros_like(sine)
     rot = torch.where(pole, zero, torch.atan2(matrix[..., 2, 1], matrix[..., 2, 0]))
+    tilt = torch.where(pole, torch.where(matrix[..., 2, 2] > 0, zero, zero + math.pi), tilt)
+    return torch.rad2deg(rot), torch.rad2deg(tilt), psi_angle(matrix)
+
+
+def psi_angle(matrix: Tensor) -> Tensor:
+    """The last of :func:`euler_angles` alone, in degrees."""
+    pole = torch.hypot(matrix[..., 2, 0], matrix[..., 2, 1]) <= POLE
     # with rot = 0 the second row is (−sin psi · cos tilt, cos psi, …)
     turned = torch.atan2(-matrix[..., 1, 0] * matrix[..., 2, 2].sign(), matrix[..., 1, 1])
-    psi = torch.where(pole, turned, torch.atan2(matrix[..., 1, 2], -matrix[..., 0, 2]))
-    tilt = torch.where(pole, torch.where(matrix[..., 2, 2] > 0, zero, zero + math.pi), tilt)
-    return torch.rad2deg(rot), torch.rad2deg(tilt), torch.rad2deg(psi)
+    return torch.rad2deg(torch.where(pole, turned, torch.atan2(matrix[..., 1, 2], -matrix[..., 0, 2])))
 
 
 def axes_distance(a: Tensor, b: Tensor, operators: Tensor) -> Tensor:
