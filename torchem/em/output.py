@@ -110,7 +110,7 @@ class Output:
         self._angular_distribution("run_class001_angdist.bild", state)
         self._optimiser("run", state, ["run"])
 
-    def _write(self, write: Callable[..., None], name: str, content: Any) -> None:
+    def _text(self, write: Callable[..., None], name: str, content: Any) -> None:
         """Write text in the other process: Python makes words of thousands of numbers, one by one."""
         beside.call(write, (self.folder / name).absolute(), content, self.comment)
 
@@ -140,7 +140,7 @@ class Output:
                 orientability=state.orientability.numpy(),
                 pdf_direction=model.pdf_direction[k].numpy() if model.ndim == 3 else None,
             ))  # fmt: skip
-        self._write(write_model, f"{stem}_model.star", ModelFile(
+        self._text(write_model, f"{stem}_model.star", ModelFile(
             reference_dimension=model.ndim, box=self.box, current_resolution=state.current_resolution,
             current_size=state.current_size, pixel_size=self.pixel_size, classes=classes,
             group_names=self.particles.group_names,
@@ -169,11 +169,11 @@ class Output:
             "rlnMaxValueProbDistribution": poses.pmax.numpy(),
             "rlnNrOfSignificantSamples": poses.significant.numpy(),
         })  # fmt: skip
-        self._write(write_star, f"{stem}_data.star", {"optics": self.particles.optics_table, "particles": table})
+        self._text(write_star, f"{stem}_data.star", {"optics": self.particles.optics_table, "particles": table})
 
     def _sampling(self, stem: str, state: State, directions: Tensor) -> None:
         sampling, options = state.sampling, self.options.sampling
-        self._write(write_sampling, f"{stem}_sampling.star", SamplingFile(
+        self._text(write_sampling, f"{stem}_sampling.star", SamplingFile(
             healpix_order=sampling.healpix_order, symmetry=sampling.symmetry, psi_step=sampling.psi_step,
             offset_range=sampling.offset_range, offset_step=sampling.offset_step,
             perturb_instance=sampling.perturbation, perturb_factor=sampling.perturb,
@@ -188,7 +188,7 @@ class Output:
         options = self.options
         name = {n: str(self.folder / f"{n}.star") for n in
                 (f"{stem}_data", f"{stem}_sampling", *(f"{m}_model" for m in models))}  # fmt: skip
-        self._write(write_optimiser, f"{stem}_optimiser.star", OptimiserFile(
+        self._text(write_optimiser, f"{stem}_optimiser.star", OptimiserFile(
             output_root=str(self.folder / "run"),
             model_star=name[f"{models[0]}_model"],
             model_star2=name[f"{models[1]}_model"] if len(models) > 1 else None,
