@@ -6,15 +6,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchem.data.particles import Particles
-from torchem.imaging.ctf import Optics, aberration_phase, ctf, mtf
+from torchem.imaging.ctf import Optics, aberration_phase, ctf_of_terms, ctf_terms, mtf
 from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform, squared_magnitude
 from torchem.imaging.masks import apply_circular_mask
+from torchem.runtime import memory
 
 log = logging.getLogger(__name__)
 
@@ -192,11 +194,19 @@ def modulations(
     if ctf_parameters is None:
         modulation = torch.full((n, n_pixels), grey, dtype=dtype, device=geometry.kx.device)
         return modulation, modulation
-    modulation = ctf(optics, ctf_parameters, geometry.pixels.kx[:n_pixels], geometry.pixels.ky[:n_pixels])
-    modulation = (grey * modulation).to(dtype)
+    modulation = ctf_of_terms(optics, ctf_parameters, _ctf_terms(optics, geometry.kx.device)[:, :n_pixels])
+    modulation = modulation.mul_(grey).to(dtype)
     if optics.premultiplied:
         return modulation.square() / grey, torch.full_like(modulation, grey)
     return modulation, modulation
+
+
+@lru_cache(maxsize=64)
+def _ctf_terms(optics: Optics, device: torch.device) -> Tensor:
+    """Of all pixels of an optics group (kept: they are the same in every iteration)."""
+    pixels = FourierPixels.of(optics.box, device)
+    with memory.place("run"):
+        return ctf_terms(optics, pixels.kx, pixels.ky)
 
 
 def translate(images: Tensor, shift: Tensor) -> Tensor:

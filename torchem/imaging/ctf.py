@@ -115,23 +115,37 @@ def ctf(optics: Optics, parameters: Tensor, kx: Tensor, ky: Tensor) -> Tensor:
     -------
     `(n, p)`, dtype and device of ``parameters``; magnitudes below 1e-8 become 1e-8, sign kept.
     """
-    x, y = _frequencies(optics, kx.to(parameters.device), ky.to(parameters.device))
+    return ctf_of_terms(optics, parameters, ctf_terms(optics, kx.to(parameters.device), ky.to(parameters.device)))
+
+
+def ctf_terms(optics: Optics, kx: Tensor, ky: Tensor) -> Tensor:
+    """What :func:`ctf` takes of the pixels, whatever the particle: `(5, p)` float64.
+
+    The phase without defocus, πλ times k², x² − y² and 2xy, of which Δ(θ)k² is made (mean defocus · k² + half
+    difference · (cos 2α (x² − y²) + sin 2α · 2xy)), and k²/4.
+    """
+    x, y = _frequencies(optics, kx, ky)
     square = x * x + y * y
     wavelength = electron_wavelength(optics.voltage)
     fixed = math.asin(optics.amplitude_contrast) - math.pi / 2 * optics.cs * 1e7 * wavelength**3 * square**2
     fixed = fixed - _zernike(optics.even_zernike, _even_order, x, y)
-    # Δ(θ)k² as a quadratic form: mean defocus · k² + half difference · (cos 2α (x² − y²) + sin 2α · 2xy)
-    forms = (math.pi * wavelength * torch.stack((square, x * x - y * y, 2 * x * y))).to(parameters)
+    forms = math.pi * wavelength * torch.stack((square, x * x - y * y, 2 * x * y))
+    return torch.cat((fixed[None], forms, square[None] / 4))
+
+
+def ctf_of_terms(optics: Optics, parameters: Tensor, terms: Tensor) -> Tensor:
+    """:func:`ctf` at the pixels of :func:`ctf_terms`."""
+    fixed, *forms, quarter = terms.to(parameters)
     # (n, 1) each
     defocus_u, defocus_v, angle, phase_shift, b_factor, scale = parameters[:, :, None].unbind(1)
     half_difference = (defocus_u - defocus_v) / 2
     twice_angle = torch.deg2rad(2 * angle)
-    argument = fixed.to(parameters) + torch.deg2rad(phase_shift)  # (n, p)
+    argument = fixed + torch.deg2rad(phase_shift)  # (n, p)
     # sums in place, not a matrix product: TF32 products would ruin arguments of hundreds of radians
     argument.addcmul_((defocus_u + defocus_v) / 2, forms[0])
     argument.addcmul_(half_difference * twice_angle.cos(), forms[1])
     argument.addcmul_(half_difference * twice_angle.sin(), forms[2])
-    values = argument.sin_().mul_(torch.exp(-b_factor / 4 * square.to(parameters)))
+    values = argument.sin_().mul_(torch.exp(-b_factor * quarter))
     if optics.phase_flipped:
         values.abs_()
     values.mul_(scale)
