@@ -171,8 +171,6 @@ def load(options: AlignOptions) -> tuple[Images, np.ndarray | None]:
 
 
 def _iterate(job: Job, images: Images, references: np.ndarray | None, world: World, progress: Progress) -> None:
-    import torch
-
     from torchem.mra.aligner import MultiReferenceAligner, ReferenceFreeAligner
 
     state, options = job.state, job.options
@@ -182,12 +180,10 @@ def _iterate(job: Job, images: Images, references: np.ndarray | None, world: Wor
     else:
         log.info("going on after iteration %d in %s", state.iteration, state.folder)
     make = aligner if state.iteration is None else aligner.resume
-    # nothing is differentiated: small operations are a tenth cheaper
-    with torch.inference_mode():
-        for iteration in make(
-            options, images, references, folder=state.folder, world=world, progress=progress.task("images")
-        ):
-            log.info("%s", _line(iteration, options, images.pixel_size))
+    for iteration in make(
+        options, images, references, folder=state.folder, world=world, progress=progress.task("images")
+    ):
+        log.info("%s", _line(iteration, options, images.pixel_size))
 
 
 def _line(iteration: Iteration, options: AlignOptions, pixel_size: float | None) -> str:

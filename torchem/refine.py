@@ -312,8 +312,6 @@ def _bytes_of_run(n_particles: int, box: int) -> int:
 
 
 def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None:
-    import torch
-
     from torchem.em.refiner import Refiner
     from torchem.runtime import memory
 
@@ -323,19 +321,17 @@ def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None
     else:
         log.info("going on after iteration %d in %s", state.iteration, state.folder)
     make = Refiner if state.iteration is None else Refiner.resume
+    refiner = make(
+        job.options, inputs.particles, inputs.reference, inputs.mask,
+        folder=state.folder, world=world, simulated=job.simulated, progress=progress.task("particles"),
+    )  # fmt: skip
     arena, told, traced = memory.installed(), 0, job.options.memory.trace
     try:
-        # nothing is differentiated: small operations are a tenth cheaper
-        with torch.inference_mode():
-            refiner = make(
-                job.options, inputs.particles, inputs.reference, inputs.mask,
-                folder=state.folder, world=world, simulated=job.simulated, progress=progress.task("particles"),
-            )  # fmt: skip
-            for iteration in refiner:
-                log.info("%s", _line(iteration, job))
-                if arena is not None and (peak := arena.statistics().peak_live) > told:
-                    log.log(logging.INFO if traced else logging.DEBUG, "memory: %s", arena.statistics())
-                    told = peak
+        for iteration in refiner:
+            log.info("%s", _line(iteration, job))
+            if arena is not None and (peak := arena.statistics().peak_live) > told:
+                log.log(logging.INFO if traced else logging.DEBUG, "memory: %s", arena.statistics())
+                told = peak
     finally:
         if arena is not None and traced and world.rank == 0:
             from torchem.report.memory_figure import memory_figure
