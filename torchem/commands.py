@@ -28,7 +28,7 @@ Options = TypeVar("Options")
 
 # what a disk or a folder may refuse, before and during a run
 _DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
-# after this, not 5 ms, another thread has its turn: those that import, read images and write wait at every step
+# after this, not 5 ms, another thread has its turn: those that read images, write and wake the GPU wait at every step
 _SWITCH_SECONDS = 2e-4
 
 
@@ -121,7 +121,6 @@ def telling(interrupted: str) -> Iterator[None]:
 
 def import_beside(*modules: str) -> None:
     """Import modules that take long on a thread beside other work; who needs one meanwhile waits for it."""
-    sys.setswitchinterval(_SWITCH_SECONDS)
 
     def load() -> None:
         for module in modules:
@@ -138,6 +137,7 @@ def wake(device: torch.device, rehearse: Callable[[torch.device], None] | None =
     rehearse
         what else is done then: the work itself, in small.
     """
+    sys.setswitchinterval(_SWITCH_SECONDS)
     if device.type == "cuda":
         threading.Thread(target=_wake_triton, args=(device,)).start()
         threading.Thread(target=_wake_libraries, args=(device, rehearse)).start()

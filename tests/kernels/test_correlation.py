@@ -19,7 +19,6 @@ from torchem.ops.correlation import (
     peaks_by_kernel,
     prepare_references,
     refine_peaks,
-    unpacked,
 )
 from torchem.ops.polar import Rings
 
@@ -27,6 +26,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # box, rings, images, references, mirror: one ring length and several, odd and even boxes, partial tiles
 CASES = [(20, (1, 7), 3, 1, False), (33, (2, 14), 3, 5, True), (90, (40, 42), 1, 1, True)]
 SHIFTS = Shifts(0.5, 0, 0.5)
+
+
+def unpacked(best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 value and the numbers of shift and angle, packed into integers that sort as the values do."""
+    bits = (best >> 32).int()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), best >> 16 & 0xFFFF, best & 0xFFFF
 
 
 @pytest.fixture(autouse=True)

@@ -126,19 +126,20 @@ def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -
     # no interpolation along axes where all operators bring grid points to grid points
     on_grid = ((others - others.round()).abs() < SNAP).all(2).all(0).tolist()
     corners = list(product(*((0,) if on_it else (0, 1) for on_it in on_grid)))
-    if all(on_grid):
+    whole = all(on_grid)
+    if whole:
         others = others.round()
     # data and weight are looked up together
     values = torch.cat((torch.view_as_real(volume), weight[..., None]), -1).flatten(0, 2)  # (D·D·(D//2 + 1), 3)
     total = torch.zeros_like(values)
     inside = torch.nonzero((volume_radius2(tuple(weight.shape), volume.device) <= radius**2).flatten())[:, 0]
     # on a CPU what is looked up at once should stay near its caches
-    most = 2**18 if volume.device.type == "cpu" else 2**24 if all(on_grid) else 2**23
+    most = 2**18 if volume.device.type == "cpu" else 2**24 if whole else 2**23
 
     def with_copies(voxels: Tensor) -> Tensor:
         x, y, z = voxels % width, voxels // width % len(weight) - half, voxels // (width * len(weight)) - half
         points = torch.stack((x, y, z), dim=-1).double() @ others.mT  # (g - 1, v, 3)
-        if not all(on_grid):
+        if not whole:
             # rounding must not leak a trace of a neighbour into a voxel that nothing reached: its quotient were noise
             nearest = points.round()
             points = torch.where((points - nearest).abs() < SNAP, nearest, points)
@@ -147,7 +148,7 @@ def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -
         floor = points.floor()
         x, y, z = floor.long().unbind(-1)
         first = x + width * (y + half + len(weight) * (z + half))
-        if all(on_grid):
+        if whole:
             found = values[first]
         else:
             fraction = (points - floor).to(values.dtype)

@@ -143,10 +143,13 @@ class _Aligner(ABC):
         reference, mirror, angle, x, y, peak = self.world.sum_(values)
         return Alignment(reference.long(), mirror > 0, angle, torch.stack([x, y], 1), peak)
 
-    def _report(self, sums: ClassSums, frc: Tensor, averages: Tensor, shifts: Shifts, started: float) -> Iteration:
+    def _report(
+        self, sums: ClassSums, frc: Tensor, averages: Tensor, changed: float, moved: float, shifts: Shifts,
+        started: float,
+    ) -> Iteration:  # fmt: skip
         state = self.state
         return Iteration(
-            state.iteration, _table(state, self.images), averages, frc, sums.members, *state.movement(),
+            state.iteration, _table(state, self.images), averages, frc, sums.members, changed, moved,
             float(state.alignment.peak.mean()), shifts, time.perf_counter() - started, state.converged,
         )  # fmt: skip
 
@@ -194,7 +197,7 @@ class MultiReferenceAligner(_Aligner):
         state.references = self._reseat(references, sums.members)
         changed, moved = state.movement()
         state.converged = state.iteration > 1 and changed < SETTLED_SHARE and moved < SETTLED_PX
-        return self._report(sums, frc, averages, shifts, started)
+        return self._report(sums, frc, averages, changed, moved, shifts, started)
 
     def _start(self) -> Tensor:
         """Seeds: averages of a few images each, as they lie."""
@@ -265,7 +268,7 @@ class ReferenceFreeAligner(_Aligner):
             state.stage += 1
         state.power = power
         state.converged = state.stage == len(STAGES)
-        return self._report(sums, frc, averages, shifts, started)
+        return self._report(sums, frc, averages, *state.movement(), shifts, started)
 
     def _start(self) -> Tensor:
         """The average of all images as they lie, centred."""

@@ -577,8 +577,9 @@ def _shift_table(shifts: Shifts, device: torch.device) -> Tensor:
 def best_by_kernels(
     images: Tensor, centres: Tensor, references: References, shifts: Shifts, statistics: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Highest correlation coefficients in half precision, and where: `(k·sides, n)` int64, see :func:`unpacked`.
+    """Highest correlation coefficients in half precision, and where: `(k·sides, n)` int64 that sort as they do.
 
+    The value's bits in the order of integers, then 16 bits of the shift's number and 16 of the angle's.
     ``statistics``: variance and mean of each image.
     """
     from torchem.kernels import correlation as kernels
@@ -650,12 +651,6 @@ def _spectra_launch(length: int, frequencies: int) -> tuple[int, int, int]:
     if length <= 256:
         return (IMAGES, 32, 2) if frequencies <= 32 else (IMAGES, 64, 4)
     return (IMAGES // 2, 32, 4) if frequencies <= 128 else (IMAGES // 2, 64, 8)
-
-
-def unpacked(best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Float32 value and the numbers of shift and angle, packed into integers that sort as the values do."""
-    bits = (best >> 32).int()
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), best >> 16 & 0xFFFF, best & 0xFFFF
 
 
 def peaks_by_kernel(
