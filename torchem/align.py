@@ -22,7 +22,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from torchem.commands import check_option_names, output_folder, resumed, telling, to_options, wake
+from torchem.commands import check_option_names, output_folder, read_triton, resumed, telling, to_options, wake
 from torchem.errors import InputError
 from torchem.mra.options import AlignOptions
 from torchem.runtime import run_folder
@@ -77,9 +77,10 @@ def known_options() -> list[str]:
 @hydra.main(version_base="1.3", config_path="pkg://torchem.configs", config_name="align")
 def _command(config: DictConfig) -> None:
     with telling(_INTERRUPTED):
+        options = to_options(AlignOptions, OmegaConf.to_container(config, resolve=True))
+        read_triton(options.device)
         from torchem.runtime import distributed
 
-        options = to_options(AlignOptions, OmegaConf.to_container(config, resolve=True))
         world = distributed.start(options.distributed.backend, options.device)
         wake(world.device)
         with Progress(speaking=world.rank == 0) as progress:

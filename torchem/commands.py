@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import importlib.util
 import os
 import sys
 import threading
@@ -129,6 +130,23 @@ def import_beside(*modules: str) -> None:
     threading.Thread(target=load).start()
 
 
+def read_triton(device: str) -> None:
+    """Let Triton read itself on a thread, unless `device` is ``cpu``: PyTorch is not needed for it, and takes as long.
+
+    Triton finds the kernels that it compiled before by a hash of all its own files, half a gigabyte.
+    """
+    if device == "cpu" or importlib.util.find_spec("triton") is None:
+        return
+
+    def read() -> None:
+        # before Triton 3.5 it stood elsewhere; then the first kernel reads
+        key = getattr(importlib.import_module("triton.runtime.cache"), "triton_key", None)
+        if key is not None:
+            key()
+
+    threading.Thread(target=read).start()
+
+
 def wake(device: torch.device, rehearse: Callable[[torch.device], None] | None = None) -> None:
     """Start a GPU beside other work, and what takes long at its first use: Triton, transforms, products, sorting.
 
@@ -148,7 +166,6 @@ def _wake_triton(device: torch.device) -> None:
 
     from torchem.ops.significant import posterior
 
-    # Triton first reads all of itself, to know the kernels that it compiled before
     with torch.cuda.device(device):
         posterior(torch.zeros(2, device=device), torch.tensor([0, 2], device=device), 0.999)
 

@@ -25,7 +25,16 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from torchem.commands import check_option_names, import_beside, output_folder, resumed, telling, to_options, wake
+from torchem.commands import (
+    check_option_names,
+    import_beside,
+    output_folder,
+    read_triton,
+    resumed,
+    telling,
+    to_options,
+    wake,
+)
 from torchem.em.options import DatasetOptions, RefineOptions, StandIn
 from torchem.errors import InputError
 from torchem.runtime import run_folder
@@ -98,11 +107,12 @@ _INTERRUPTED = "the same command again goes on after the last whole iteration"
 @hydra.main(version_base="1.3", config_path="pkg://torchem.configs", config_name="refine")
 def _command(config: DictConfig) -> None:
     with telling(_INTERRUPTED):
+        options = to_options(RefineOptions, OmegaConf.to_container(config, resolve=True))
         # beside PyTorch: tables, and what draws the picture in the end
+        read_triton(options.device)
         import_beside("pandas", "torchem.report.run_figure")
         from torchem.runtime import distributed, memory
 
-        options = to_options(RefineOptions, OmegaConf.to_container(config, resolve=True))
         distributed.be_deterministic(options.deterministic)
         wanted = options.memory
         wanted.check()
