@@ -120,16 +120,6 @@ def telling(interrupted: str) -> Iterator[None]:
         _fail(f"interrupted: {interrupted}", status=130)
 
 
-def import_beside(*modules: str) -> None:
-    """Import modules that take long on a thread beside other work; who needs one meanwhile waits for it."""
-
-    def load() -> None:
-        for module in modules:
-            importlib.import_module(module)
-
-    threading.Thread(target=load).start()
-
-
 def read_triton(device: str) -> None:
     """Let Triton read itself on a thread, unless `device` is ``cpu``: PyTorch is not needed for it, and takes as long.
 

@@ -27,7 +27,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchem.commands import (
     check_option_names,
-    import_beside,
     output_folder,
     read_triton,
     resumed,
@@ -37,7 +36,8 @@ from torchem.commands import (
 )
 from torchem.em.options import DatasetOptions, RefineOptions, StandIn
 from torchem.errors import InputError
-from torchem.runtime import run_folder
+from torchem.runtime import beside, run_folder
+from torchem.runtime.launch import launched
 from torchem.runtime.progress import Progress, duration
 from torchem.runtime.run_folder import RunState
 
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("torchem.refine")
 
+# what is left for the CPU beside a GPU is short: more threads would spin while they wait for the next of it
+_THREADS_BESIDE_A_GPU = 2
 # simulated data sets, relative to the folder where the command is given
 STAND_INS = Path("outputs/datasets")
 
@@ -108,9 +110,10 @@ _INTERRUPTED = "the same command again goes on after the last whole iteration"
 def _command(config: DictConfig) -> None:
     with telling(_INTERRUPTED):
         options = to_options(RefineOptions, OmegaConf.to_container(config, resolve=True))
-        # beside PyTorch: tables, and what draws the picture in the end
+        # PyTorch takes its time; a thread that imports beside it would only slow it down
+        if launched().rank == 0:
+            beside.start("torchem.report.run_figure", "matplotlib.figure", "matplotlib.backends.backend_agg")
         read_triton(options.device)
-        import_beside("pandas", "torchem.report.run_figure")
         from torchem.runtime import distributed, memory
 
         distributed.be_deterministic(options.deterministic)
@@ -120,7 +123,7 @@ def _command(config: DictConfig) -> None:
         def install(device: torch.device) -> None:
             memory.install(
                 device, wanted.allocator, limit=wanted.limit_bytes(), strict=wanted.strict, trace=wanted.trace,
-                processes=distributed.launched().size,
+                processes=launched().size,
             )  # fmt: skip
 
         world = distributed.start(options.distributed.backend, options.device, install)
@@ -322,9 +325,13 @@ def _bytes_of_run(n_particles: int, box: int) -> int:
 
 
 def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None:
+    import torch
+
     from torchem.em.refiner import Refiner
     from torchem.runtime import memory
 
+    if world.device.type == "cuda":
+        torch.set_num_threads(_THREADS_BESIDE_A_GPU)
     state = job.state
     if state.iteration is None:
         log.info("refining %d particles in %s", len(inputs.particles), state.folder)
@@ -383,7 +390,8 @@ def _conclude(job: Job) -> None:
         from torchem.report.run_figure import run_figure
 
         dataset = job.options.dataset
-        run_figure(state.folder, f"{dataset.name}, {dataset.symmetry}: {reached}", job.simulated)
+        title = f"{dataset.name}, {dataset.symmetry}: {reached}"
+        beside.call(run_figure, state.folder.absolute(), title, job.simulated)
     map_ = state.folder / ("run_class001.mrc" if state.finished else f"run_it{state.iteration:03d}_half1_class001.mrc")
     log.info("%s%s; map: %s, picture: %s", "SIMULATED particles: " if job.simulated else "", reached, map_, picture)
 

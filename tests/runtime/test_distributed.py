@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from torchem.errors import InputError
-from torchem.runtime.distributed import World, launched, start
+from torchem.runtime.distributed import World, start
+from torchem.runtime.launch import launched
 
 LAUNCHERS = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID",

@@ -1,4 +1,7 @@
-"""The picture of a refinement: FSC, slices of the map, angular distribution, resolution by iteration."""
+"""The picture of a refinement: FSC, slices of the map, angular distribution, resolution by iteration.
+
+matplotlib is imported where it draws: a command names this module long before, and draws in its second process.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
-import matplotlib.backends.backend_agg  # what saving a picture would import
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from torchem.data.mrc import read_map
 from torchem.data.star import read_star
@@ -37,6 +36,9 @@ def run_figure(folder: Path, title: str, simulated: bool = False) -> Path:
     -------
     Path of the PNG, ``run.png`` in `folder`.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     stem = "run" if (folder / "run_model.star").is_file() else f"run_it{_iterations(folder)[-1]:03d}"
     half = "" if stem == "run" else "_half1"
     shells = read_star(folder / f"{stem}{half}_model.star", last="model_class_1")["model_class_1"]
@@ -101,6 +103,8 @@ def _angles(axis: Axes, rot: np.ndarray, tilt: np.ndarray) -> None:
 
 
 def _history(axis: Axes, folder: Path) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     points = [
         (iteration, _resolution(folder / f"run_it{iteration:03d}_half1_model.star"))
         for iteration in _iterations(folder)

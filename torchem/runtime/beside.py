@@ -1,27 +1,38 @@
 """A second Python process, for what takes Python long: a thread would hold up all others of this one."""
 
 import atexit
+import importlib
 import pickle
 import signal
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
 _START = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
-    "from torchem.runtime.beside import serve; serve(sys.stdin.buffer)"
+    "import pickle, sys; sys.path[:], modules = pickle.load(sys.stdin.buffer); "
+    "from torchem.runtime.beside import serve; serve(sys.stdin.buffer, modules)"
 )
-_lock = threading.Lock()
+_lock = threading.RLock()
 _process: subprocess.Popen[bytes] | None = None
+
+
+def start(*modules: str) -> None:
+    """Start the process, if it is not there, and let it import what will be called; it ends with this one."""
+    global _process
+    with _lock:
+        if _process is None:
+            _process = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            atexit.register(_end, _process)
+            _send(_process, (sys.path, modules))
 
 
 def call(function: Callable[..., object], *arguments: Any) -> None:
     """Call a module's function with copies of the arguments in the second process, and wait until it is through.
 
-    The process is started at the first call and ends with this one; an interrupt from the keyboard passes it by.
+    The process is started if it is not there; an interrupt from the keyboard passes it by.
 
     Raises
     ------
@@ -32,11 +43,9 @@ def call(function: Callable[..., object], *arguments: Any) -> None:
     """
     global _process
     with _lock:
-        if _process is None:
-            _process = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            atexit.register(_end, _process)
-            _send(_process, sys.path)
+        start()
         process = _process
+        assert process is not None
         try:
             _send(process, (function, arguments))
             assert process.stdout is not None
@@ -48,9 +57,11 @@ def call(function: Callable[..., object], *arguments: Any) -> None:
         raise error
 
 
-def serve(requests: BinaryIO) -> None:
-    """What the second process does: call what it is told to, until the first one is gone."""
+def serve(requests: BinaryIO, modules: Iterable[str]) -> None:
+    """What the second process does: import, then call what it is told to, until the first one is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for module in modules:
+        importlib.import_module(module)
     answers = sys.stdout.buffer
     sys.stdout = sys.stderr  # what is printed is for people
     while True:

@@ -1,16 +1,12 @@
-"""One or several processes, one device each: who is here, and the few things they do together.
+"""One or several processes, one device each: the few things they do together.
 
-Ranks come from torchrun's variables (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``), else from Open MPI's
-(``OMPI_COMM_WORLD_*``), else from those of a Slurm job step (``SLURM_PROCID``, ``SLURM_STEP_NUM_TASKS``).
 A single process makes no process group, and every collective is then the identity.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -19,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from torchem.errors import InputError
+from torchem.runtime.launch import Launch, launched
 
 T = TypeVar("T")
 
@@ -73,52 +70,6 @@ class World:
             answer[1].elsewhere = self.rank != 0
             raise answer[1]
         return answer[0]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says of this process."""
-
-    rank: int
-    size: int
-    local_rank: int
-    address: str | None  # of rank 0; None: the launcher does not say
-    port: int
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Read rank, number of ranks and the meeting point from the launcher's variables.
-
-    Two runs on one host must not meet at one port, so without ``MASTER_PORT`` it follows from the job's name.
-    """
-
-    def port(job: str) -> int:
-        return int(environment.get("MASTER_PORT") or 20000 + zlib.crc32(job.encode()) % 20000)
-
-    address = environment.get("MASTER_ADDR")
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank = int(environment["RANK"])
-        local = int(environment.get("LOCAL_RANK", rank))
-        return Launch(rank, int(environment["WORLD_SIZE"]), local, address, port("torchrun"))
-    if "OMPI_COMM_WORLD_RANK" in environment:
-        size = int(environment["OMPI_COMM_WORLD_SIZE"])
-        if address is None and int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", 0)) == size:
-            address = "127.0.0.1"
-        job = environment.get("PMIX_NAMESPACE", environment.get("OMPI_MCA_ess_base_jobid", "mpirun"))
-        local = int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
-        return Launch(int(environment["OMPI_COMM_WORLD_RANK"]), size, local, address, port(job))
-    # a batch script has SLURM_PROCID=0 and SLURM_NTASKS too, but is one process: only srun makes a step
-    if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-        nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
-        job = environment.get("SLURM_JOB_ID", "") + "." + environment.get("SLURM_STEP_ID", "")
-        return Launch(
-            int(environment["SLURM_PROCID"]),
-            int(environment["SLURM_STEP_NUM_TASKS"]),
-            int(environment["SLURM_LOCALID"]),
-            address or _first_host(nodes),
-            port(job),
-        )
-    return Launch(0, 1, 0, address, port("alone"))
 
 
 def device_named(name: str) -> torch.device:
@@ -222,9 +173,3 @@ def _check_backend(backend: str, device: str, gpus: int, launch: Launch) -> None
                 f"{option}: process {launch.local_rank + 1} on a host with {gpus} GPU(s), and NCCL takes one process "
                 f"a GPU; start {gpus} a host, or use gloo to share GPUs"
             )
-
-
-def _first_host(nodes: str) -> str | None:
-    """First name in Slurm's list: ``a[03-05,9],b`` -> ``a03``."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    return "".join(part or "" for part in match.groups()) if match else None
