@@ -22,7 +22,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from torchem.commands import check_option_names, output_folder, read_triton, resumed, telling, to_options, wake
+from torchem.commands import check_option_names, leave, output_folder, resumed, start_driver, telling, to_options, wake
 from torchem.errors import InputError
 from torchem.mra.options import AlignOptions
 from torchem.runtime import run_folder
@@ -78,7 +78,7 @@ def known_options() -> list[str]:
 def _command(config: DictConfig) -> None:
     with telling(_INTERRUPTED):
         options = to_options(AlignOptions, OmegaConf.to_container(config, resolve=True))
-        read_triton(options.device)
+        start_driver(options.device)
         from torchem.runtime import distributed
 
         world = distributed.start(options.distributed.backend, options.device)
@@ -248,3 +248,4 @@ def _report(options: AlignOptions, folder: Path, images: Images) -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import errno
-import importlib
-import importlib.util
+import logging
 import os
 import sys
 import threading
@@ -120,21 +120,25 @@ def telling(interrupted: str) -> Iterator[None]:
         _fail(f"interrupted: {interrupted}", status=130)
 
 
-def read_triton(device: str) -> None:
-    """Let Triton read itself on a thread, unless `device` is ``cpu``: PyTorch is not needed for it, and takes as long.
+def start_driver(device: str) -> None:
+    """Start NVIDIA's driver on a thread, unless `device` is ``cpu``: PyTorch's own import takes longer than that."""
 
-    Triton finds the kernels that it compiled before by a hash of all its own files, half a gigabyte.
-    """
-    if device == "cpu" or importlib.util.find_spec("triton") is None:
-        return
+    def start() -> None:
+        try:
+            ctypes.CDLL("libcuda.so.1").cuInit(0)
+        except OSError:
+            pass  # no driver is here: PyTorch will find no GPU
 
-    def read() -> None:
-        # before Triton 3.5 it stood elsewhere; then the first kernel reads
-        key = getattr(importlib.import_module("triton.runtime.cache"), "triton_key", None)
-        if key is not None:
-            key()
+    if device != "cpu":
+        threading.Thread(target=start).start()
 
-    threading.Thread(target=read).start()
+
+def leave() -> NoReturn:
+    """End the process now that all is written: Python would tidy up itself and a GPU for a second, the system can."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def wake(device: torch.device, rehearse: Callable[[torch.device], None] | None = None) -> None:
@@ -147,8 +151,19 @@ def wake(device: torch.device, rehearse: Callable[[torch.device], None] | None =
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     if device.type == "cuda":
-        threading.Thread(target=_wake_triton, args=(device,)).start()
-        threading.Thread(target=_wake_libraries, args=(device, rehearse)).start()
+        triton = threading.Thread(target=_wake_triton, args=(device,))
+        triton.start()
+        threading.Thread(target=_wake_libraries, args=(device,)).start()
+        if rehearse is not None:
+            threading.Thread(target=_after, args=(triton, rehearse, device)).start()
+
+
+def _after(thread: threading.Thread, rehearse: Callable[[torch.device], None], device: torch.device) -> None:
+    import torch
+
+    thread.join()
+    with torch.cuda.device(device):
+        rehearse(device)
 
 
 def _wake_triton(device: torch.device) -> None:
@@ -156,11 +171,12 @@ def _wake_triton(device: torch.device) -> None:
 
     from torchem.ops.significant import posterior
 
+    # Triton finds the kernels that it compiled before by a hash of itself, half a gigabyte, which others would repeat
     with torch.cuda.device(device):
         posterior(torch.zeros(2, device=device), torch.tensor([0, 2], device=device), 0.999)
 
 
-def _wake_libraries(device: torch.device, rehearse: Callable[[torch.device], None] | None) -> None:
+def _wake_libraries(device: torch.device) -> None:
     import torch
 
     with torch.cuda.device(device):
@@ -171,8 +187,6 @@ def _wake_libraries(device: torch.device, rehearse: Callable[[torch.device], Non
             torch.bmm(some, some)
         torch.unique(torch.zeros(2, dtype=torch.int64, device=device), return_inverse=True)
         torch.cuda.synchronize()
-        if rehearse is not None:
-            rehearse(device)
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:

@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from torchem.commands import (
     check_option_names,
+    leave,
     output_folder,
-    read_triton,
     resumed,
+    start_driver,
     telling,
     to_options,
     wake,
@@ -113,7 +114,7 @@ def _command(config: DictConfig) -> None:
         # PyTorch takes its time; a thread that imports beside it would only slow it down
         if launched().rank == 0:
             beside.start("torchem.report.run_figure", "matplotlib.figure", "matplotlib.backends.backend_agg")
-        read_triton(options.device)
+        start_driver(options.device)
         from torchem.runtime import distributed, memory
 
         distributed.be_deterministic(options.deterministic)
@@ -416,3 +417,4 @@ def _reached(state: RunState) -> str:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -29,16 +29,10 @@ def read_atoms(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         structure = gemmi.read_structure(str(path))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{path} cannot be read as an atomic model ({error}); give a .pdb or .cif file") from error
-    positions, numbers = [], []
-    if len(structure):
-        for chain in structure[0]:
-            for residue in chain:
-                if residue.is_water():
-                    continue
-                for atom in residue:
-                    if not atom.is_hydrogen() and atom.altloc in ("\0", "A"):
-                        positions.append(atom.pos.tolist())
-                        numbers.append(atom.element.atomic_number)
-    if not positions:
+    structure.remove_waters()
+    structure.remove_hydrogens()
+    atoms = gemmi.FlatStructure(structure)
+    taken = (atoms.model_num == atoms.model_num[:1]) & np.isin(atoms.altlocs, (0, ord("A")))
+    if not taken.any():
         raise InputError(f"{path} has no atoms; give a .pdb or .cif file of a model")
-    return np.array(positions, np.float64), np.array(numbers, np.float64)
+    return atoms.pos[taken], atoms.elements[taken].astype(np.float64)

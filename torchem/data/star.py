@@ -146,10 +146,10 @@ def _loop(path: Path, name: str, lines: list[str], at: int) -> tuple[pd.DataFram
         twice = next(label for label in labels if labels.count(label) > 1)
         raise InputError(f"{path}: column _{twice} stands twice in block data_{name}; keep one")
     rows: list[list[str]] = []
+    split = _tokens if any('"' in line or "'" in line for line in lines[at:]) else str.split
     while at < len(lines):
-        line = lines[at]
-        tokens = _tokens(line)
-        if tokens and not tokens[0].startswith("#"):
+        tokens = split(lines[at])
+        if tokens and tokens[0][:1] != "#":
             if tokens[0].startswith("data_"):
                 break
             if len(tokens) != len(labels):
@@ -166,15 +166,15 @@ def _loop(path: Path, name: str, lines: list[str], at: int) -> tuple[pd.DataFram
 def _column(label: str, values: Sequence[str]) -> np.ndarray:
     """Values as int64 or float64 if all are numbers and the label is not one of text, else as text."""
     # Python reads "1_0" as a number, STAR does not
-    if not _TEXT.search(label) and not any("_" in value for value in values):
+    if not _TEXT.search(label) and "_" not in "".join(values):
         try:
-            return np.array([int(value) for value in values], dtype=np.int64)
+            return np.array(list(map(int, values)), dtype=np.int64)
         except OverflowError:
             return np.array(values, dtype=object)  # an identifier of 64 bits or more: a float would lose digits
         except ValueError:
             pass
         try:
-            return np.array([float(value) for value in values], dtype=np.float64)
+            return np.array(list(map(float, values)), dtype=np.float64)
         except ValueError:
             pass
     return np.array(values, dtype=object)
