@@ -115,6 +115,8 @@ def _command(config: DictConfig) -> None:
         if launched().rank == 0:
             beside.start("torchem.report.run_figure", "matplotlib.figure", "matplotlib.backends.backend_agg")
         start_driver(options.device)
+        import torch
+
         from torchem.runtime import distributed, memory
 
         distributed.be_deterministic(options.deterministic)
@@ -129,6 +131,8 @@ def _command(config: DictConfig) -> None:
 
         world = distributed.start(options.distributed.backend, options.device, install)
         wake(world.device, _rehearse if options.precision == "single" else None)
+        if world.device.type == "cuda":
+            torch.set_num_threads(_THREADS_BESIDE_A_GPU)
         with Progress(speaking=world.rank == 0) as progress:
             refine(options, output_folder(), world, progress)
 
@@ -326,13 +330,9 @@ def _bytes_of_run(n_particles: int, box: int) -> int:
 
 
 def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None:
-    import torch
-
     from torchem.em.refiner import Refiner
     from torchem.runtime import memory
 
-    if world.device.type == "cuda":
-        torch.set_num_threads(_THREADS_BESIDE_A_GPU)
     state = job.state
     if state.iteration is None:
         log.info("refining %d particles in %s", len(inputs.particles), state.folder)
