@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -141,29 +141,12 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-def wake(device: torch.device, rehearse: Callable[[torch.device], None] | None = None) -> None:
-    """Start a GPU beside other work, and what takes long at its first use: Triton, transforms, products, sorting.
-
-    Parameters
-    ----------
-    rehearse
-        what else is done then: the work itself, in small.
-    """
+def wake(device: torch.device) -> None:
+    """Start a GPU beside other work, and what takes long at its first use: Triton, transforms, products, sorting."""
     sys.setswitchinterval(_SWITCH_SECONDS)
     if device.type == "cuda":
-        triton = threading.Thread(target=_wake_triton, args=(device,))
-        triton.start()
+        threading.Thread(target=_wake_triton, args=(device,)).start()
         threading.Thread(target=_wake_libraries, args=(device,)).start()
-        if rehearse is not None:
-            threading.Thread(target=_after, args=(triton, rehearse, device)).start()
-
-
-def _after(thread: threading.Thread, rehearse: Callable[[torch.device], None], device: torch.device) -> None:
-    import torch
-
-    thread.join()
-    with torch.cuda.device(device):
-        rehearse(device)
 
 
 def _wake_triton(device: torch.device) -> None:

@@ -130,17 +130,11 @@ def _command(config: DictConfig) -> None:
             )  # fmt: skip
 
         world = distributed.start(options.distributed.backend, options.device, install)
-        wake(world.device, _rehearse if options.precision == "single" else None)
+        wake(world.device)
         if world.device.type == "cuda":
             torch.set_num_threads(_THREADS_BESIDE_A_GPU)
         with Progress(speaking=world.rank == 0) as progress:
             refine(options, output_folder(), world, progress)
-
-
-def _rehearse(device: torch.device) -> None:
-    from torchem.em.rehearsal import rehearse
-
-    rehearse(device)
 
 
 def known_options() -> list[str]:
