@@ -82,7 +82,7 @@ class MemoryOptions:
     """Where tensors' memory comes from, and how much of it there is; for the commands."""
 
     # stack: one range a lifetime, empty at its end; torch: PyTorch's own; auto: stack for one process on a GPU
-    allocator: str = "torch"
+    allocator: str = "auto"
     limit: str | None = None  # of all tensors of a process, such as 8GiB; all that the device has if not given
     strict: bool = False  # stack: raise for what outlives its scope, and say where it was made
     trace: bool = False  # stack: write every event to memory.csv, and memory.png
