@@ -293,3 +293,4 @@ def test_one_screen_without_traceback(small_set: Callable, arguments: list[str],
     assert status == 1
     assert message in "\n".join(lines)
     assert len(lines) < 24 and not any("Traceback" in line for line in lines)
+    assert not Path("outputs/particles").exists()  # Hydra's empty folder

@@ -107,6 +107,7 @@ def telling(interrupted: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
+        _remove_empty_folder()
         _fail("" if error.elsewhere else str(error))
     except (HydraException, OmegaConfBaseException) as error:
         # Hydra's own message says which option, its cause why
@@ -170,6 +171,16 @@ def _wake_libraries(device: torch.device) -> None:
             torch.bmm(some, some)
         torch.unique(torch.zeros(2, dtype=torch.int64, device=device), return_inverse=True)
         torch.cuda.synchronize()
+
+
+def _remove_empty_folder() -> None:
+    """Take back the run's folder, which Hydra makes before anything is looked at."""
+    if HydraConfig.initialized():
+        for folder in (output_folder(), output_folder().parent):
+            try:
+                folder.rmdir()
+            except OSError:
+                return  # something is in it
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
