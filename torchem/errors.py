@@ -1,4 +1,6 @@
-"""The one error that a user can cause."""
+"""The one error that a user can cause, and how several of its kind are told at once."""
+
+import math
 
 
 class InputError(ValueError):
@@ -13,3 +15,33 @@ class InputError(ValueError):
     """
 
     elsewhere = False
+
+
+class Problems:
+    """What is wrong with a user's options, one line each: option, value, remedy."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+
+    def require(self, good: bool, option: str, value: object, remedy: str) -> None:
+        """Add a line unless it is good."""
+        if not good:
+            self.add(f"{option}={value}: {remedy}")
+
+    def positive(self, option: str, value: float | None) -> None:
+        """Require a finite number above 0, or none."""
+        self.require(value is None or 0 < value < math.inf, option, value, "must be a positive number")
+
+    def one_of(self, option: str, value: str, *allowed: str) -> None:
+        self.require(value in allowed, option, value, f"must be one of {', '.join(allowed)}")
+
+    def tell(self) -> None:
+        """Raise InputError with all lines, if there are any."""
+        if self._lines:
+            raise InputError("\n".join(self._lines))

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torchem.errors import InputError
+from torchem.errors import InputError, Problems
 
 if TYPE_CHECKING:
     from torchem.data.particles import Particles
@@ -148,76 +148,66 @@ class RefineOptions:
             One line a problem: option, value, remedy.
         """
         s, r, d = self.sampling, self.reference, self.dataset
-        problems: list[str] = []
-
-        def require(good: bool, option: str, value: object, remedy: str) -> None:
-            if not good:
-                problems.append(f"{option}={value}: {remedy}")
-
-        def positive(option: str, value: float | None) -> None:
-            require(value is None or 0 < value < math.inf, option, value, "must be a positive number")
-
-        def one_of(option: str, value: str, *allowed: str) -> None:
-            require(value in allowed, option, value, f"must be one of {', '.join(allowed)}")
-
-        positive("dataset.pixel_size", d.pixel_size)
-        positive("dataset.particle_diameter", d.particle_diameter)
+        problems = Problems()
+        problems.positive("dataset.pixel_size", d.pixel_size)
+        problems.positive("dataset.particle_diameter", d.particle_diameter)
         if d.symmetry is not None:
             from torchem.imaging.symmetry import canonical
 
             try:
                 canonical(d.symmetry)
             except InputError as error:
-                problems.append(f"dataset.symmetry={d.symmetry}: {error}")
+                problems.add(f"dataset.symmetry={d.symmetry}: {error}")
         for option, name in (("dataset.name", d.name), ("run_name", self.run_name)):
-            require(
+            problems.require(
                 name is None or re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name) is not None,
                 option, name, "must be a plain folder name of letters, digits, '_', '.', '+' and '-'",
             )  # fmt: skip
-        positive("reference.ini_high", r.ini_high)
-        require(
+        problems.positive("reference.ini_high", r.ini_high)
+        problems.require(
             0 <= s.healpix_order <= 8, "sampling.healpix_order", s.healpix_order,
             "must be between 0 (60°) and 8 (0.23°)",
         )  # fmt: skip
-        require(
+        problems.require(
             0 <= s.local_healpix_order <= 9, "sampling.local_healpix_order", s.local_healpix_order,
             "must be between 0 and 9",
         )  # fmt: skip
-        require(0 <= s.oversampling <= 3, "sampling.oversampling", s.oversampling, "must be between 0 and 3")
-        require(0 <= s.offset_range < math.inf, "sampling.offset_range", s.offset_range, "must be 0 or more pixels")
-        positive("sampling.offset_step", s.offset_step)
-        require(
+        problems.require(0 <= s.oversampling <= 3, "sampling.oversampling", s.oversampling, "must be between 0 and 3")
+        problems.require(
+            0 <= s.offset_range < math.inf, "sampling.offset_range", s.offset_range, "must be 0 or more pixels"
+        )
+        problems.positive("sampling.offset_step", s.offset_step)
+        problems.require(
             not s.offset_step > 0 or s.offset_range / s.offset_step <= 50, "sampling.offset_step", s.offset_step,
             f"would make more than 7,800 offsets within offset_range={s.offset_range}; take a larger step",
         )  # fmt: skip
-        require(
+        problems.require(
             0 < s.adaptive_fraction <= 1, "sampling.adaptive_fraction", s.adaptive_fraction,
             "must be above 0 and at most 1 (RELION: 0.999)",
         )  # fmt: skip
-        require(0 <= s.perturb <= 1, "sampling.perturb", s.perturb, "must be between 0 (none) and 1")
-        require(
+        problems.require(0 <= s.perturb <= 1, "sampling.perturb", s.perturb, "must be between 0 (none) and 1")
+        problems.require(
             s.low_resol_join_halves == -1 or 0 < s.low_resol_join_halves < math.inf,
             "sampling.low_resol_join_halves", s.low_resol_join_halves,
             "must be a resolution in Å, or -1 for none",
         )  # fmt: skip
-        positive("sampling.sigma_ang", s.sigma_ang)
-        positive("tau2_fudge", self.tau2_fudge)
-        require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "must be at least 1")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or a positive integer")
-        one_of("device", self.device, "auto", "cpu", "cuda")
-        one_of("precision", self.precision, "single", "double")
+        problems.positive("sampling.sigma_ang", s.sigma_ang)
+        problems.positive("tau2_fudge", self.tau2_fudge)
+        problems.require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "must be at least 1")
+        problems.require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or a positive integer")
+        problems.one_of("device", self.device, "auto", "cpu", "cuda")
+        problems.one_of("precision", self.precision, "single", "double")
         try:
             self.memory.check()
         except InputError as error:
-            problems.append(str(error))
-        one_of("distributed.backend", self.distributed.backend, "auto", "nccl", "gloo", "mpi")
-        require(
+            problems.add(str(error))
+        problems.one_of("distributed.backend", self.distributed.backend, "auto", "nccl", "gloo", "mpi")
+        problems.require(
             not self.solvent_correct_fsc or r.mask is not None, "solvent_correct_fsc", True,
             "needs the mask whose effect is corrected: give reference.mask=FILE.mrc",
         )  # fmt: skip
-        require(self.resume.strip() != "", "resume", repr(self.resume), "must be auto, never or a run folder")
-        if problems:
-            raise InputError("\n".join(problems))
+        problems.require(self.resume.strip() != "", "resume", repr(self.resume), "must be auto, never or a run folder")
+        problems.tell()
 
     def check_against(self, particles: Particles) -> None:
         """Refuse settings that do not fit these particles (the diameter is for ``Particles.check``).
@@ -228,28 +218,27 @@ class RefineOptions:
             One line a problem: option, value, remedy.
         """
         s = self.sampling
-        problems: list[str] = []
+        problems = Problems()
         if self.dataset.particle_diameter is None:
-            problems.append(
+            problems.add(
                 "dataset.particle_diameter is not given: give the particle's longest dimension and a margin, in Å"
             )
         for optics in particles.optics:
             if s.offset_range >= optics.box / 2:
-                problems.append(
+                problems.add(
                     f"sampling.offset_range={s.offset_range:g}: reaches the edge of the {optics.box} px box of "
                     f"optics group {optics.name}; give less than {optics.box // 2}"
                 )
         model = particles.optics[0]
         lowest, highest = model.box * model.pixel_size, 2 * model.pixel_size
         if not highest < self.reference.ini_high <= lowest:
-            problems.append(
+            problems.add(
                 f"reference.ini_high={self.reference.ini_high:g}: these images hold resolutions between "
                 f"{highest:g} Å (Nyquist) and {lowest:g} Å (the box); RELION's usual choice is 60"
             )
         if s.start_from_poses and not particles.has_poses:
-            problems.append(
+            problems.add(
                 f"sampling.start_from_poses=true: {particles.source} has no rlnAngleRot, rlnAngleTilt and "
                 "rlnAnglePsi; leave it false for a global search"
             )
-        if problems:
-            raise InputError("\n".join(problems))
+        problems.tell()

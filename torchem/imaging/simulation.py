@@ -24,7 +24,7 @@ from torch import Tensor
 from torchem.data.atoms import read_atoms
 from torchem.data.mrc import read_map, write_map
 from torchem.data.star import read_star, write_star
-from torchem.errors import InputError
+from torchem.errors import InputError, Problems
 from torchem.imaging.ctf import Optics, ctf
 from torchem.imaging.density import density, project, spread_density
 from torchem.imaging.phantom import phantom
@@ -88,72 +88,64 @@ class SimulateOptions:
         InputError
             One line a problem: option, value, remedy.
         """
-        problems: list[str] = []
-
-        def require(good: bool, option: str, value: object, remedy: str) -> None:
-            if not good:
-                problems.append(f"{option}={value}: {remedy}")
-
-        def positive(option: str, value: float | None) -> None:
-            require(value is None or 0 < value < math.inf, option, value, "must be a positive number")
-
-        require(len(self.models) > 0, "model", "[]", "give phantom, an atomic model or a map, or a list of them")
+        problems = Problems()
+        if not self.models:
+            problems.add("model=[]: give phantom, an atomic model or a map, or a list of them")
         for model in self.models:
             kind = Path(model).suffix.lower()
             if model == "phantom":
                 continue
             if kind not in ATOMIC_MODELS + MAPS:
-                problems.append(f"model={model}: must be phantom, or a file that ends in .pdb, .cif or .mrc")
+                problems.add(f"model={model}: must be phantom, or a file that ends in .pdb, .cif or .mrc")
             else:
-                require(Path(model).is_file(), "model", model, "no such file; check the path")
+                problems.require(Path(model).is_file(), "model", model, "no such file; check the path")
         try:
             canonical(self.symmetry)
         except InputError as error:
-            problems.append(f"symmetry={self.symmetry}: {error}")
-        require(self.n_particles >= 1, "n_particles", self.n_particles, "must be at least 1")
-        require(
+            problems.add(f"symmetry={self.symmetry}: {error}")
+        problems.require(self.n_particles >= 1, "n_particles", self.n_particles, "must be at least 1")
+        problems.require(
             self.box >= 16 and self.box % 2 == 0, "box", self.box, "must be an even number of pixels, at least 16"
         )
-        positive("pixel_size", self.pixel_size)
-        positive("low_pass_angst", self.low_pass_angst)
-        require(
+        problems.positive("pixel_size", self.pixel_size)
+        problems.positive("low_pass_angst", self.low_pass_angst)
+        problems.require(
             self.reference_angst > 2 * self.pixel_size, "reference_angst", self.reference_angst,
             f"must be above {2 * self.pixel_size:g} Å, the finest that these pixels hold",
         )  # fmt: skip
-        require(
+        problems.require(
             self.orientations == "uniform" or Path(self.orientations).is_file(), "orientations", self.orientations,
             "must be uniform or an existing STAR file",
         )  # fmt: skip
-        require(
+        problems.require(
             0 <= self.shift_sigma_px <= self.box / 8, "shift_sigma_px", self.shift_sigma_px,
             f"must be between 0 and {self.box / 8:g}, an eighth of the box",
         )  # fmt: skip
-        require(
+        problems.require(
             0 <= self.astigmatism_angst < math.inf, "astigmatism_angst", self.astigmatism_angst, "must be 0 or more"
         )
-        require(
+        problems.require(
             -math.inf < self.defocus_min_angst <= self.defocus_max_angst < math.inf,
             "defocus_min_angst", self.defocus_min_angst,
             f"must not be above defocus_max_angst={self.defocus_max_angst:g}",
         )  # fmt: skip
-        positive("voltage", self.voltage)
-        require(0 <= self.cs < math.inf, "cs", self.cs, "must be 0 mm or more")
-        require(
+        problems.positive("voltage", self.voltage)
+        problems.require(0 <= self.cs < math.inf, "cs", self.cs, "must be 0 mm or more")
+        problems.require(
             0 <= self.amplitude_contrast < 1, "amplitude_contrast", self.amplitude_contrast,
             "must be at least 0 and below 1",
         )  # fmt: skip
-        require(math.isfinite(self.phase_shift), "phase_shift", self.phase_shift, "must be a number of degrees")
-        require(self.noise.snr > 0, "noise.snr", self.noise.snr, "must be positive; inf is without noise")
-        require(
+        problems.require(math.isfinite(self.phase_shift), "phase_shift", self.phase_shift, "must be a number (degrees)")
+        problems.require(self.noise.snr > 0, "noise.snr", self.noise.snr, "must be positive; inf is without noise")
+        problems.require(
             self.noise.spectrum == "white" or Path(self.noise.spectrum).is_file(),
             "noise.spectrum", self.noise.spectrum, "must be white or an existing file",
         )  # fmt: skip
-        require(0 <= self.seed < 2**62, "seed", self.seed, "must be 0 or a positive integer")
-        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "must be one of auto, cpu, cuda")
+        problems.require(0 <= self.seed < 2**62, "seed", self.seed, "must be 0 or a positive integer")
+        problems.one_of("device", self.device, "auto", "cpu", "cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
-            problems.append("device=cuda: this PyTorch sees no CUDA device; give device=cpu")
-        if problems:
-            raise InputError("\n".join(problems))
+            problems.add("device=cuda: this PyTorch sees no CUDA device; give device=cpu")
+        problems.tell()
 
 
 def make_dataset(

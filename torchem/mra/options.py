@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torchem.errors import InputError
+from torchem.errors import Problems
 
 if TYPE_CHECKING:
     from torchem.ops.correlation import Shifts
@@ -68,57 +68,47 @@ class AlignOptions:
         InputError
             One line a problem: option, value, remedy.
         """
-        problems: list[str] = []
-
-        def require(good: bool, option: str, value: object, remedy: str) -> None:
-            if not good:
-                problems.append(f"{option}={value}: {remedy}")
-
-        require(self.mode in MODES, "mode", self.mode, f"must be one of {', '.join(MODES)}")
-        pixel_size = self.dataset.pixel_size
-        require(pixel_size is None or 0 < pixel_size < math.inf, "dataset.pixel_size", pixel_size, "must be positive")
+        problems = Problems()
+        problems.one_of("mode", self.mode, *MODES)
+        problems.positive("dataset.pixel_size", self.dataset.pixel_size)
         if self.mode == "rfa":
             for option in ("references", "n_classes"):
                 value = getattr(self, option)
-                require(value is None, option, value, "mode=rfa makes its one reference itself; leave it out")
+                problems.require(value is None, option, value, "mode=rfa makes its one reference itself; leave it out")
         elif self.references is not None and self.n_classes is not None:
-            problems.append(
+            problems.add(
                 f"n_classes={self.n_classes}: the references in {self.references} say how many; leave out one of both"
             )
-        require(self.n_classes is None or self.n_classes >= 1, "n_classes", self.n_classes, "must be at least 1")
-        require(self.first_ring >= 1, "first_ring", self.first_ring, "must be at least 1 px")
+        if self.n_classes is not None:
+            problems.require(self.n_classes >= 1, "n_classes", self.n_classes, "must be at least 1")
+        problems.require(self.first_ring >= 1, "first_ring", self.first_ring, "must be at least 1 px")
         if self.last_ring is not None:
-            require(
+            problems.require(
                 self.last_ring > self.first_ring, "last_ring", self.last_ring,
                 f"must be larger than first_ring={self.first_ring}",
             )  # fmt: skip
         for option in ("x_range", "y_range"):
             value = getattr(self, option)
-            require(0 <= value < math.inf, option, value, "must be 0 or more pixels")
-        require(0 < self.step < math.inf, "step", self.step, "must be a positive number of pixels")
+            problems.require(0 <= value < math.inf, option, value, "must be 0 or more pixels")
+        problems.positive("step", self.step)
         if not problems:
             columns, rows = (2 * reach / self.step + 1 for reach in (self.x_range, self.y_range))
-            require(
+            problems.require(
                 columns * rows <= MOST_SHIFTS, "step", self.step,
                 f"makes {columns * rows:.0f} shifts of x_range={self.x_range:g}, y_range={self.y_range:g}; "
                 "take a larger step",
             )  # fmt: skip
-        require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "must be at least 1")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or a positive integer")
-        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "must be auto, cpu or cuda")
-        backends = ("auto", "nccl", "gloo", "mpi")
-        require(
-            self.distributed.backend in backends, "distributed.backend", self.distributed.backend,
-            f"must be one of {', '.join(backends)}",
-        )  # fmt: skip
-        require(self.resume.strip() != "", "resume", repr(self.resume), "must be auto, never or a run folder")
+        problems.require(self.max_iterations >= 1, "max_iterations", self.max_iterations, "must be at least 1")
+        problems.require(0 <= self.seed < 2**63, "seed", self.seed, "must be 0 or a positive integer")
+        problems.one_of("device", self.device, "auto", "cpu", "cuda")
+        problems.one_of("distributed.backend", self.distributed.backend, "auto", "nccl", "gloo", "mpi")
+        problems.require(self.resume.strip() != "", "resume", repr(self.resume), "must be auto, never or a run folder")
         for option, name in (("dataset.name", self.dataset.name), ("run_name", self.run_name)):
-            require(
+            problems.require(
                 name is None or re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name) is not None,
                 option, name, "must be a plain folder name of letters, digits, '_', '.', '+' and '-'",
             )  # fmt: skip
-        if problems:
-            raise InputError("\n".join(problems))
+        problems.tell()
 
     def check_against(self, n_images: int, box: int, references: tuple[int, ...] | None = None) -> None:
         """Refuse settings that do not fit these images and references `(k, L, L)`.
@@ -128,32 +118,31 @@ class AlignOptions:
         InputError
             One line a problem: option, value, remedy.
         """
-        problems: list[str] = []
+        problems = Problems()
         farthest = self._room(box)
         wide = f"{box} px images with shifts of {max(self.x_range, self.y_range):g} px"
         if self.last_ring is not None and self.last_ring > farthest:
-            problems.append(
+            problems.add(
                 f"last_ring={self.last_ring}: {wide} have room for {farthest} px; give a smaller radius or range"
             )
         elif farthest <= self.first_ring:
-            problems.append(
+            problems.add(
                 f"x_range={self.x_range:g}, y_range={self.y_range:g}: {wide} leave no ring; give a smaller range"
             )
         if self.mode == "mra" and references is None and self.n_classes is None:
-            problems.append(
+            problems.add(
                 "no references: give references=STACK, or n_classes=NUMBER to make them of the images themselves"
             )
         if self.n_classes is not None and self.n_classes > n_images:
-            problems.append(f"n_classes={self.n_classes}: there are only {n_images} images; give fewer classes")
+            problems.add(f"n_classes={self.n_classes}: there are only {n_images} images; give fewer classes")
         if self.mode == "rfa" and n_images < 2:
-            problems.append(f"{n_images} image: an average needs at least two")
+            problems.add(f"{n_images} image: an average needs at least two")
         if references is not None and references[1:] != (box, box):
-            problems.append(
+            problems.add(
                 f"references={self.references}: {references[-1]} x {references[-2]} px, but the images have {box} px; "
                 "scale or clip the references"
             )
-        if problems:
-            raise InputError("\n".join(problems))
+        problems.tell()
 
     def rings(self, box: int) -> Rings:
         """Rings on images of one size."""
