@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from torchem.data.mrc import read_map
 from torchem.data.particles import Particles
 from torchem.data.relion import read_model
 from torchem.data.star import read_star, write_star
+from torchem.em import schedule
 from torchem.em.options import DatasetOptions, ReferenceOptions, RefineOptions, SamplingOptions
 from torchem.em.refiner import Refiner
 
@@ -37,3 +39,22 @@ def test_two_boxes_and_pixel_sizes(small_set: Callable[..., Path]) -> None:
     model = read_model("run_it004_half1_model.star")
     assert [len(spectrum) for spectrum in model.sigma2_noise] == [9, 13]
     assert len(model.classes[0].orientability) == 9
+
+
+def test_the_result_speaks_of_all_particles(small_set: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parameters are those of both halves and of the last iteration, though its map started from the first's."""
+    options = RefineOptions(
+        dataset=DatasetOptions(particle_diameter=50.0), reference=ReferenceOptions(ini_high=30.0),
+        sampling=SamplingOptions(healpix_order=1), device="cpu",
+    )  # fmt: skip
+    monkeypatch.setattr(schedule, "has_converged", lambda state: state.iteration == 3)
+    refiner = Refiner(options, Particles.read(small_set()), read_map("reference.mrc")[0], folder=Path())
+    assert [iteration.converged for iteration in refiner] == [False, False, True]
+    model, particles = read_model("run_model.star"), read_star("run_data.star")["particles"]
+    # of the 99.9 % of the weights that are kept
+    assert model.average_pmax == pytest.approx(particles["rlnMaxValueProbDistribution"].mean() / 0.999, rel=2e-4)
+    assert model.norm_correction_average == pytest.approx(particles["rlnNormCorrection"].mean() / 0.999, rel=2e-4)
+    assert model.log_likelihood == pytest.approx(particles["rlnLogLikeliContribution"].sum(), rel=1e-5)
+    first, second = refiner.state.halves
+    between = sorted((first.sigma2_noise[0][2].item(), second.sigma2_noise[0][2].item()))
+    assert between[0] < model.sigma2_noise[0][2] < between[1]

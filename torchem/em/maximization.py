@@ -64,7 +64,7 @@ def update_halves(
         _new_map(model, half, fsc, tau2_fudge, joined=False)
     if not last:
         return None
-    model = Model(**vars(models[0]))
+    model = Model(**vars(models[0]) | {"sigma2_noise": list(models[0].sigma2_noise)})
     _new_map(model, first + second, fsc, tau2_fudge, joined=True)
     return Joined(model, unfiltered)
 

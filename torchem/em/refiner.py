@@ -372,7 +372,10 @@ class Refiner:
             mask=self.mask if options.solvent_correct_fsc else None,
             seed=options.seed + state.iteration, last=state.converged,
         )  # fmt: skip
-        for model, sum_ in zip(state.halves, sums, strict=True):
+        pairs = list(zip(state.halves, sums, strict=True))
+        if joined is not None:
+            pairs.append((joined.model, sums[0].with_particles_of(sums[1])))
+        for model, sum_ in pairs:
             update_parameters(
                 model, sum_, self.shell_counts, norm=options.norm, scale=options.scale,
                 cross_correlation=cross_correlation,

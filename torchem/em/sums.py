@@ -5,8 +5,9 @@ Fine weights come as `(b, o, j)`: b blocks, one a significant coarse sample, of 
 children.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,15 @@ class Sums:
             group_weight=zero(len(model.scale)), offset_square=zero(), class_offset=zero(k, 2),
             pdf_direction=zero(k, n_directions), pmax=zero(), log_likelihood=zero(), particles=zero(),
         )  # fmt: skip
+
+    def with_particles_of(self, other: "Sums") -> "Sums":
+        """What is summed over the particles of both halves, but for the volumes, which stay this half's."""
+
+        def both(one: Any, two: Any) -> Any:
+            return [a + b for a, b in zip(one, two, strict=True)] if isinstance(one, list) else one + two
+
+        mine = {name: value for name, value in vars(self).items() if name not in ("data", "weight")}
+        return replace(self, **{name: both(value, getattr(other, name)) for name, value in mine.items()})
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, for summing over ranks."""
