@@ -155,7 +155,7 @@ def _wake_triton(device: torch.device) -> None:
 
     from torchem.ops.significant import posterior
 
-    # Triton finds the kernels that it compiled before by a hash of itself, half a gigabyte, which others would repeat
+    # Triton finds the kernels that it compiled before by a hash of itself, half a gigabyte
     with torch.cuda.device(device):
         posterior(torch.zeros(2, device=device), torch.tensor([0, 2], device=device), 0.999)
 
@@ -176,9 +176,10 @@ def _wake_libraries(device: torch.device) -> None:
 def _remove_empty_folder() -> None:
     """Take back the run's folder, which Hydra makes before anything is looked at."""
     if HydraConfig.initialized():
-        for folder in (output_folder(), output_folder().parent):
+        folder = output_folder()
+        for empty in (folder, folder.parent):
             try:
-                folder.rmdir()
+                empty.rmdir()
             except OSError:
                 return  # something is in it
 

@@ -1,6 +1,7 @@
 """The one error that a user can cause, and how several of its kind are told at once."""
 
 import math
+import re
 
 
 class InputError(ValueError):
@@ -40,6 +41,13 @@ class Problems:
 
     def one_of(self, option: str, value: str, *allowed: str) -> None:
         self.require(value in allowed, option, value, f"must be one of {', '.join(allowed)}")
+
+    def folder_name(self, option: str, name: str | None) -> None:
+        """Require what names a folder, and nothing above or below it, or none."""
+        self.require(
+            name is None or re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name) is not None,
+            option, name, "must be a plain folder name of letters, digits, '_', '.', '+' and '-'",
+        )  # fmt: skip
 
     def tell(self) -> None:
         """Raise InputError with all lines, if there are any."""

@@ -25,16 +25,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from torchem.commands import (
-    check_option_names,
-    leave,
-    output_folder,
-    resumed,
-    start_driver,
-    telling,
-    to_options,
-    wake,
-)
+from torchem.commands import check_option_names, leave, output_folder, resumed, start_driver, telling, to_options, wake
 from torchem.em.options import DatasetOptions, RefineOptions, StandIn
 from torchem.errors import InputError
 from torchem.runtime import beside, run_folder
@@ -111,6 +102,8 @@ _INTERRUPTED = "the same command again goes on after the last whole iteration"
 def _command(config: DictConfig) -> None:
     with telling(_INTERRUPTED):
         options = to_options(RefineOptions, OmegaConf.to_container(config, resolve=True))
+        wanted = options.memory
+        wanted.check()
         # PyTorch takes its time; a thread that imports beside it would only slow it down
         if launched().rank == 0:
             beside.start("torchem.report.run_figure", "matplotlib.figure", "matplotlib.backends.backend_agg")
@@ -120,8 +113,6 @@ def _command(config: DictConfig) -> None:
         from torchem.runtime import distributed, memory
 
         distributed.be_deterministic(options.deterministic)
-        wanted = options.memory
-        wanted.check()
 
         def install(device: torch.device) -> None:
             memory.install(

@@ -158,11 +158,8 @@ class RefineOptions:
                 canonical(d.symmetry)
             except InputError as error:
                 problems.add(f"dataset.symmetry={d.symmetry}: {error}")
-        for option, name in (("dataset.name", d.name), ("run_name", self.run_name)):
-            problems.require(
-                name is None or re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name) is not None,
-                option, name, "must be a plain folder name of letters, digits, '_', '.', '+' and '-'",
-            )  # fmt: skip
+        problems.folder_name("dataset.name", d.name)
+        problems.folder_name("run_name", self.run_name)
         problems.positive("reference.ini_high", r.ini_high)
         problems.require(
             0 <= s.healpix_order <= 8, "sampling.healpix_order", s.healpix_order,

@@ -54,14 +54,12 @@ class Voxels:
     def of(r_max: int, padding: int, ndim: int, device: torch.device) -> "Voxels":
         """The voxels of one volume shape (kept: both halves and most iterations share it)."""
         key = r_max, padding, ndim, device
-        kept = _KEPT.get(key)
-        if kept is None:
-            # those of another size go before these are made; a rehearsal on a thread may do so, too
-            for other in list(_KEPT):
-                if other[0] != r_max:
-                    _KEPT.pop(other, None)
-            kept = _KEPT[key] = Voxels._made(*key)
-        return kept
+        if key not in _KEPT:
+            # those of another size go before these are made
+            for other in [other for other in _KEPT if other[0] != r_max]:
+                del _KEPT[other]
+            _KEPT[key] = Voxels._made(*key)
+        return _KEPT[key]
 
     @staticmethod
     def _made(r_max: int, padding: int, ndim: int, device: torch.device) -> "Voxels":

@@ -135,7 +135,9 @@ class SimulateOptions:
             0 <= self.amplitude_contrast < 1, "amplitude_contrast", self.amplitude_contrast,
             "must be at least 0 and below 1",
         )  # fmt: skip
-        problems.require(math.isfinite(self.phase_shift), "phase_shift", self.phase_shift, "must be a number (degrees)")
+        problems.require(
+            math.isfinite(self.phase_shift), "phase_shift", self.phase_shift, "must be a number of degrees"
+        )
         problems.require(self.noise.snr > 0, "noise.snr", self.noise.snr, "must be positive; inf is without noise")
         problems.require(
             self.noise.spectrum == "white" or Path(self.noise.spectrum).is_file(),

@@ -6,7 +6,6 @@ The command turns its Hydra config into an :class:`AlignOptions`; a notebook mak
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -103,11 +102,8 @@ class AlignOptions:
         problems.one_of("device", self.device, "auto", "cpu", "cuda")
         problems.one_of("distributed.backend", self.distributed.backend, "auto", "nccl", "gloo", "mpi")
         problems.require(self.resume.strip() != "", "resume", repr(self.resume), "must be auto, never or a run folder")
-        for option, name in (("dataset.name", self.dataset.name), ("run_name", self.run_name)):
-            problems.require(
-                name is None or re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name) is not None,
-                option, name, "must be a plain folder name of letters, digits, '_', '.', '+' and '-'",
-            )  # fmt: skip
+        problems.folder_name("dataset.name", self.dataset.name)
+        problems.folder_name("run_name", self.run_name)
         problems.tell()
 
     def check_against(self, n_images: int, box: int, references: tuple[int, ...] | None = None) -> None:

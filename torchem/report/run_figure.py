@@ -1,6 +1,6 @@
 """The picture of a refinement: FSC, slices of the map, angular distribution, resolution by iteration.
 
-matplotlib is imported where it draws: a command names this module long before, and draws in its second process.
+matplotlib is imported where it draws, in the second process of a command, which only names what is to be called.
 """
 
 from __future__ import annotations
