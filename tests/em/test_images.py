@@ -68,7 +68,7 @@ def test_agrees_with_the_plain_preparation(size: int) -> None:
     batch = prepare_images(
         torch.from_numpy(particles.images), torch.arange(n), geometry, torch.from_numpy(particles.ctf_parameters),
         model.norm_average / torch.from_numpy(particles.norm), torch.from_numpy(particles.origins_angst),
-        problem.settings.particle_diameter, None, 0,
+        problem.settings.particle_diameter, None, 0, cross_correlation=True,
     )  # fmt: skip
     kx, ky = (k[: geometry.n_pixels].numpy() for k in (geometry.pixels.kx, geometry.pixels.ky))
     for i in range(n):
@@ -158,7 +158,7 @@ def test_detector_response_is_undone() -> None:
     assert torch.allclose(found.unmasked, prepared(images).unmasked, atol=1e-12)
     # residuals in the window are of the images as they are compared
     n = found.geometry.n_pixels
-    by_shell = found.masked.abs().square() @ pixels.shell_matrix(18, torch.float64)
+    by_shell = found.masked.abs().square() @ pixels.shell_matrix(18)
     assert n == pixels.count(18)
     assert torch.allclose(found.power[:, :10], by_shell[:, :10])
 
@@ -181,10 +181,8 @@ def test_windows_of_other_pixel_and_box(box: int, pixel: float, own: int) -> Non
     assert geometry.count(18) == geometry.n_pixels
     assert geometry.count(10) <= geometry.n_pixels
     spectrum = torch.arange(BOX // 2 + 1, dtype=torch.float64)
-    own_shells = geometry.from_reference_shells(spectrum)
-    assert own_shells.shape == (box // 2 + 1,)
-    expected = torch.arange(box // 2 + 1) / (box * pixel) * BOX * PIXEL
-    assert float((own_shells - expected.clamp(max=BOX // 2)).abs().max()) <= 0.5
+    expected = geometry.pixels.shell[: geometry.n_pixels] / (box * pixel) * BOX * PIXEL
+    assert float((spectrum[geometry.shell] - expected.clamp(max=BOX // 2)).abs().max()) <= 0.5
 
 
 def test_an_image_twice_as_fine_weighs_as_much() -> None:

@@ -200,7 +200,7 @@ def iterate(data: Path, run: str, iteration: int) -> list[Case]:
         batch = prepare_images(
             torch.from_numpy(particles.images(mine)).double(), index, geometry,
             torch.from_numpy(particles.ctf_parameters[mine]), model.norm_average / norm[index], origin[index], DIAMETER,
-            None, 1,
+            None, 1, settings.cross_correlation,
         )  # fmt: skip
         step = LikeRelion(model, grid, settings, group)
         if (run, iteration) == ("class3d", 1):

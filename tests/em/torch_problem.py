@@ -28,14 +28,15 @@ class Recorder(Expectation):
         self.samples: list[Samples] = []
         self.fine: list[tuple[Samples, Tensor, Tensor]] = []
 
-    def _global_samples(self, slab, values, log_total, offset_prior):
-        found = super()._global_samples(slab, values, log_total, offset_prior)
+    def _global_samples(self, slab, values, *args):
+        found = super()._global_samples(slab, values, *args)
         every = values.transpose(1, 2).flatten(1)
         columns = torch.arange(every.shape[1]).expand_as(every)
         if self.settings.cross_correlation:
             # the others are not compared: the scale of a correlation means nothing
             every, columns = (values.gather(1, found[1][:, None]) for values in (every, columns))
-        self.candidates.append((slab[:, None].expand_as(every).flatten(), columns.flatten(), every.flatten()))
+        particles = slab.start + torch.arange(len(every))
+        self.candidates.append((particles[:, None].expand_as(every).flatten(), columns.flatten(), every.flatten()))
         return found
 
     def _local_scores(self, *args):
@@ -107,6 +108,7 @@ def convert(
         torch.from_numpy(particles.images).to(dtype), torch.arange(n), geometry,
         torch.from_numpy(particles.ctf_parameters), plain.norm_average / torch.from_numpy(particles.norm),
         torch.from_numpy(particles.origins_angst), problem.settings.particle_diameter, None, 0,
+        problem.settings.cross_correlation,
     )  # fmt: skip
     local = problem.sampling.local_sigma
     values = {

@@ -6,19 +6,20 @@ pairs of particle and orientation are worked through orientation by orientation,
 its particles, and their numerators are added before anything is scattered.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from torchem.em.images import ImageBatch
+from torchem.em.images import ImageBatch, ImageGeometry
 from torchem.em.model import Model
 from torchem.em.references import References
 from torchem.em.sampling import Grid
-from torchem.em.sums import Sums, add_dense, add_rows, operands
-from torchem.em.weights import block_rows, block_sparse
+from torchem.em.sums import Sums, add_dense, add_rows, in_steps, operands
+from torchem.em.weights import block_sparse, row_starts
+from torchem.imaging.ctf import Optics
 from torchem.imaging.fourier import squared_magnitude
 from torchem.ops.pairs import score_pairs
 from torchem.ops.significant import Posterior, first_best, posterior, row_logsumexp, significant_of_rows
@@ -103,14 +104,8 @@ class BatchResult:
 
 def relative_to_mean(log_prior: Tensor) -> Tensor:
     """Log of a prior divided by its mean over all axes but the first, which RELION's log-likelihoods refer to."""
-    flat = log_prior.flatten(1)
-    log_mean = torch.logsumexp(flat, dim=1) - torch.log(torch.tensor(float(flat.shape[1]), dtype=flat.dtype))
-    return log_prior - log_mean.reshape(-1, *([1] * (log_prior.ndim - 1)))
-
-
-def _row_starts(rows: Tensor, n_rows: int) -> Tensor:
-    """`(n + 1,)`: where each row of an ascending list `(m,)` begins, and the end."""
-    return torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
+    axes = tuple(range(1, log_prior.ndim))
+    return log_prior - (torch.logsumexp(log_prior, axes, keepdim=True) - math.log(log_prior[0].numel()))
 
 
 class Expectation:
@@ -124,6 +119,8 @@ class Expectation:
         the iteration's samples.
     operators
         `(g, 3, 3)` of the point group.
+    ramps
+        by optics group, phases of the translations: those that were made for another half, and more to come.
 
     Attributes
     ----------
@@ -131,15 +128,20 @@ class Expectation:
         of scores, that were chosen so far.
     """
 
-    def __init__(self, model: Model, grid: Grid, settings: ExpectationSettings, operators: Tensor) -> None:
+    def __init__(
+        self, model: Model, grid: Grid, settings: ExpectationSettings, operators: Tensor,
+        ramps: dict[Optics, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.grid, self.settings = model, grid, settings
         self.operators = operators
+        self._ramps = {} if ramps is None else ramps
+        self._half_precision: bool | None = None
         self.dtype = model.references.dtype
         r_max = settings.current_size // 2
         # what stays until the maps are made, below what goes with the E-step
         self.sums = Sums.zeros(model, grid.n_directions, r_max, settings.padding)
         self.references = References(model.references, grid, r_max, settings.padding)
-        self._coarse_projections: dict[str, Projections] = {}
+        self._coarse_projections: dict[Optics, Projections] = {}
         self.precisions: set[str] = set()
 
     def __call__(
@@ -165,25 +167,38 @@ class Expectation:
         results = []
         for part in self._parts(samples):
             with memory.scope("chunk"):
+                mine = (batch[part], samples[part]) if part != slice(0, len(batch)) else (batch, samples)
                 results.append(memory.keep(self._fine_part(
-                    batch[part], optics_group, group[part], norm_correction[part], inverse_sigma2, scale[part],
-                    samples[part],
+                    *mine, optics_group, group[part], norm_correction[part], inverse_sigma2, scale[part]
                 ), "batch"))  # fmt: skip
+        if len(results) == 1:
+            return results[0]
         return BatchResult(
             *(torch.cat(values) for values in zip(*(vars(r).values() for r in results), strict=True))
         )
 
     def _fine_part(
-        self, batch: ImageBatch, optics_group: int, group: Tensor, norm_correction: Tensor, inverse_sigma2: Tensor,
-        scale: Tensor, samples: Samples,
+        self, batch: ImageBatch, samples: Samples, optics_group: int, group: Tensor, norm_correction: Tensor,
+        inverse_sigma2: Tensor, scale: Tensor,
     ) -> BatchResult:  # fmt: skip
         """Fine pass and sums of particles whose weights may be held at once."""
-        phases = batch.geometry.phases(self.grid.fine_shifts().flatten(0, 1), batch.geometry.n_pixels, self.dtype)
-        dense = self._is_dense(batch, samples)
-        weights, found = self._fine_pass(batch, inverse_sigma2, scale, phases, samples, dense)
+        _, phases = self._phases(batch.geometry)
+        orientation = samples.column // self.grid.n_translations
+        n_orientations = self.model.n_classes * self.grid.n_orientations
+        pairs = torch.unique_consecutive(samples.particle * n_orientations + orientation, return_inverse=True)
+        dense = self._is_dense(batch, len(pairs[0]))
+        _, found = self._fine_pass(batch, inverse_sigma2, scale, phases, samples, dense, pairs)
         return self._accumulate(
-            batch, optics_group, group, norm_correction, inverse_sigma2, scale, phases, samples, dense, weights, found
+            batch, optics_group, group, norm_correction, inverse_sigma2, scale, phases, samples, dense, found
         )
+
+    def _phases(self, geometry: ImageGeometry) -> tuple[Tensor, Tensor]:
+        """Phase ramps of coarse `(t, p)` and of fine translations `(t·j, p)`, at the pixels of each pass."""
+        if geometry.optics not in self._ramps:
+            coarse = geometry.phases(self.grid.coarse_shifts())[:, : geometry.count(self.settings.coarse_size)]
+            fine = geometry.phases(self.grid.fine_shifts().flatten(0, 1))
+            self._ramps[geometry.optics] = memory.keep((coarse.contiguous(), fine), "iteration")
+        return self._ramps[geometry.optics]
 
     def _parts(self, samples: Samples) -> Iterator[slice]:
         """Ranges of particles whose fine weights may be held at once."""
@@ -202,7 +217,7 @@ class Expectation:
     def _inverse_sigma2(self, batch: ImageBatch, optics_group: int) -> Tensor:
         sigma2 = self.model.sigma2_noise[optics_group]
         shell = batch.geometry.pixels.shell[: batch.geometry.n_pixels]
-        return torch.where(sigma2 > 0, 1 / sigma2, 0.0)[shell].to(self.dtype)
+        return torch.where(sigma2 > 0, 1 / sigma2, 0.0).to(self.dtype)[shell]
 
     def _score_operands(
         self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, n_pixels: int
@@ -211,19 +226,20 @@ class Expectation:
         ctf = batch.ctf[:, :n_pixels] * scale
         masked = batch.masked[:, :n_pixels]
         if self.settings.cross_correlation:
+            assert batch.window_power is not None
             # RELION sums the correlation over the whole window: the column kx = 0 with the mates that lie in it
             pixels = batch.geometry.pixels
             border = pixels.shell[n_pixels - 1]
             twice = 1 + ((pixels.kx == 0) & (pixels.ky > 0) & (pixels.ky < border))[:n_pixels].to(self.dtype)
             return masked * (ctf * twice), ctf.square() * twice, batch.window_power.to(self.dtype)
-        inverse_sigma2 = inverse_sigma2[:n_pixels].clone()
-        inverse_sigma2[0] = 0  # the origin takes no part
-        return masked * (ctf * inverse_sigma2), ctf.square() * inverse_sigma2, None
+        ctf[:, 0] = 0  # the origin takes no part
+        weighted = ctf * inverse_sigma2[:n_pixels]
+        return masked * weighted, weighted.mul_(ctf), None
 
     def _offset_log_prior(self, batch: ImageBatch) -> Tensor:
         """`(n, k, t)`: Gaussian log prior of the unperturbed coarse offsets, relative to its mean over k and t."""
         offsets = batch.offset_angst[:, None, None] + self.grid.translations - self.model.prior_offset[:, None]
-        return relative_to_mean(-offsets.square().sum(-1) / (2 * self.model.sigma_offset**2))
+        return relative_to_mean(offsets.square().sum(-1).mul_(-0.5 / self.model.sigma_offset**2))
 
     # coarse pass
 
@@ -231,27 +247,28 @@ class Expectation:
         self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, last_euler: Tensor
     ) -> Samples:
         n_pixels = batch.geometry.count(self.settings.coarse_size)
-        phases = batch.geometry.phases(self.grid.coarse_shifts(), n_pixels, self.dtype)
+        phases, _ = self._phases(batch.geometry)
         operands = self._score_operands(batch, inverse_sigma2, scale, n_pixels)
         offset_prior = self._offset_log_prior(batch)
         sigma = self.settings.local_sigma
         if sigma is not None:
             return self._local_samples(batch, operands, phases, offset_prior, last_euler, sigma)
-        every = self._global_log_weights(batch, inverse_sigma2, operands, phases, offset_prior)
+        prior = None if self.settings.cross_correlation else self._orientation_log_prior()
         parts = []
-        for slab, found in every:
-            parts.append(self._global_samples(slab, found.values, found.log_total(), offset_prior[slab]))
+        for slab, found in self._global_log_weights(batch, inverse_sigma2, operands, phases, prior, offset_prior):
+            parts.append(self._global_samples(slab, found.values, found.log_total(), prior, offset_prior[slab]))
             del found  # gone before the next ones are made
         particle, column, log_prior = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Samples(particle, column, log_prior, torch.bincount(particle, minlength=len(batch)))
+        return Samples(particle, column, log_prior, row_starts(particle, len(batch)).diff())
 
     def _global_log_weights(
-        self, batch: ImageBatch, inverse_sigma2: Tensor, operands: tuple, phases: Tensor, offset_prior: Tensor
-    ) -> Iterator[tuple[Tensor, LogWeights]]:
-        """Particles `(n,)` and their log weights `(n, t, k·r)` at every coarse sample, slab after slab."""
+        self, batch: ImageBatch, inverse_sigma2: Tensor, operands: tuple, phases: Tensor, prior: Tensor | None,
+        offset_prior: Tensor,
+    ) -> Iterator[tuple[slice, LogWeights]]:  # fmt: skip
+        """A range of particles and their log weights `(n, t, k·r)` at every coarse sample, slab after slab."""
         images, weights, power = operands
         n_pixels, n_shifts = images.shape[1], len(phases)
-        key = f"{batch.geometry.optics.name} {n_pixels}"
+        key = batch.geometry.optics
         if key not in self._coarse_projections:
             everything = torch.arange(self.model.n_classes * self.grid.n_orientations, device=images.device)
             slices = self.references.slices(
@@ -262,10 +279,9 @@ class Expectation:
                 self._projections(slices, inverse_sigma2, weights), "iteration"
             )
         projections = self._coarse_projections[key]
-        prior = None if self.settings.cross_correlation else self._orientation_log_prior()
-        for slab in torch.arange(len(batch), device=images.device).split(
-            max(1, self.settings.chunk_elements // (len(projections.values) * n_shifts))
-        ):
+        most = max(1, self.settings.chunk_elements // (len(projections.values) * n_shifts))
+        for start in range(0, len(batch), most):
+            slab = slice(start, start + most)
             yield slab, log_weights(
                 images[slab], weights[slab], projections, phases, prior,
                 None if prior is None else offset_prior[slab], None if power is None else power[slab],
@@ -292,32 +308,37 @@ class Expectation:
         """Whether kernels may take slices from volumes in half precision, for images of these weights `(n, p)`."""
         if not slices.on_gpu:
             return False
-        some = torch.linspace(0, len(slices) - 1, min(len(slices), SOME_SLICES), device=weights.device).long()
-        return self._precision(slices[some].cut(), weights) in ("fp16", "split")
+        if self._half_precision is None:
+            # the first images of a half speak for all of them
+            some = torch.linspace(0, len(slices) - 1, min(len(slices), SOME_SLICES), device=weights.device).long()
+            self._half_precision = self._precision(slices[some].cut(), weights) in ("fp16", "split")
+        return self._half_precision
 
     def _global_samples(
-        self, slab: Tensor, values: Tensor, log_total: Tensor, offset_prior: Tensor
+        self, slab: slice, values: Tensor, log_total: Tensor, prior: Tensor | None, offset_prior: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Particle, column and log prior of the significant samples of one slab."""
         n, n_shifts, n_orientations = values.shape
-        if self.settings.cross_correlation:
+        if prior is None:
             # winner takes all, and no priors
             best = values.transpose(1, 2).reshape(n, -1).max(1).indices
-            return slab, best, torch.zeros(n, dtype=torch.float64, device=slab.device)
+            return slab.start + torch.arange(n, device=best.device), best, torch.zeros_like(best, dtype=torch.float64)
         row, place = significant_of_rows(values.flatten(1), log_total, self.settings.adaptive_fraction)
-        orientation, shift = place % n_orientations, place // n_orientations
-        order = torch.argsort((row * n_orientations + orientation) * n_shifts + shift)
-        row, orientation, shift = row[order], orientation[order], shift[order]
-        log_prior = self._orientation_log_prior()[orientation]
-        log_prior = log_prior + offset_prior[row, orientation // self.grid.n_orientations, shift]
-        return slab[row], orientation * n_shifts + shift, log_prior
+        column = place % n_orientations * n_shifts + place // n_orientations
+        # by particle, then column
+        n_columns = n_orientations * n_shifts
+        sample = (row * n_columns + column).sort().values
+        row, column = sample // n_columns, sample % n_columns
+        orientation, shift = column // n_shifts, column % n_shifts
+        log_prior = prior[orientation] + offset_prior[row, orientation // self.grid.n_orientations, shift]
+        return slab.start + row, column, log_prior
 
     def _orientation_log_prior(self) -> Tensor:
         """`(k·r,)`: log probability of each orientation's direction (2D: of its class), relative to the mean."""
-        if self.model.ndim == 2:
-            return relative_to_mean(self.model.pdf_class.log()[None])[0].repeat_interleave(self.grid.n_orientations)
-        prior = relative_to_mean(self.model.pdf_direction.log().reshape(1, -1))[0]
-        return prior.repeat_interleave(self.grid.n_psi)
+        flat = self.model.ndim == 2
+        probability = self.model.pdf_class if flat else self.model.pdf_direction.flatten()
+        prior = (probability / probability.mean()).log()
+        return prior.repeat_interleave(self.grid.n_orientations if flat else self.grid.n_psi)
 
     def _local_samples(
         self, batch: ImageBatch, operands: tuple, phases: Tensor, offset_prior: Tensor, last_euler: Tensor,
@@ -328,7 +349,7 @@ class Expectation:
         particle, orientation, log_weight, log_prior = self._local_scores(
             batch, operands, phases, offset_prior, last_euler, sigma
         )
-        first = _row_starts(particle, len(batch)) * n_shifts
+        first = row_starts(particle, len(batch)) * n_shifts
         if self.settings.cross_correlation:
             rows = torch.repeat_interleave(particle, n_shifts)
             top, _ = row_logsumexp(log_weight.flatten(), rows, len(batch))
@@ -337,9 +358,10 @@ class Expectation:
         else:
             place = torch.nonzero(posterior(log_weight.flatten(), first, self.settings.adaptive_fraction).kept)[:, 0]
         pair, shift = place // n_shifts, place % n_shifts
+        particle = particle[pair]
         return Samples(
-            particle[pair], orientation[pair] * n_shifts + shift, log_prior[pair, shift],
-            torch.bincount(particle[pair], minlength=len(batch)),
+            particle, orientation[pair] * n_shifts + shift, log_prior[pair, shift],
+            row_starts(particle, len(batch)).diff(),
         )  # fmt: skip
 
     def _local_scores(
@@ -350,16 +372,16 @@ class Expectation:
         images, weights, power = operands
         particle, orientation, orientation_prior = self.grid.local_orientations(last_euler, sigma, self.operators)
         per_class = self.grid.n_orientations
-        n_orientations = torch.bincount(particle, minlength=len(batch))
-        orientation_prior = orientation_prior + n_orientations[particle].double().log()  # relative to the mean
-        # every class is searched around the last pose
-        classes = torch.arange(self.model.n_classes, device=images.device)[:, None]
-        orientation = (classes * per_class + orientation).flatten()
-        particle, order = particle.repeat(len(classes)).sort(stable=True)
-        orientation, orientation_prior = orientation[order], orientation_prior.repeat(len(classes))[order]
-        unique, inverse = torch.unique(orientation, return_inverse=True)
-        slices = self.references.slices(
-            batch.geometry, unique, images.shape[1], fine=False, r_max=self.settings.coarse_size // 2
+        n_orientations = row_starts(particle, len(batch)).diff()
+        orientation_prior += n_orientations.double().log()[particle]  # relative to the mean
+        if self.model.n_classes > 1:
+            # every class is searched around the last pose
+            classes = torch.arange(self.model.n_classes, device=images.device)[:, None]
+            orientation = (classes * per_class + orientation).flatten()
+            particle, order = particle.repeat(len(classes)).sort(stable=True)
+            orientation, orientation_prior = orientation[order], orientation_prior.repeat(len(classes))[order]
+        slices, inverse = self.references.slices_of(
+            batch.geometry, orientation, images.shape[1], fine=False, r_max=self.settings.coarse_size // 2
         )
         scores = score_pairs(
             slices, inverse, particle, images, weights, phases, power, self.settings.chunk_elements,
@@ -373,18 +395,20 @@ class Expectation:
     # fine pass
 
     def _fine_pass(
-        self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, phases: Tensor, samples: Samples, dense: bool
-    ) -> tuple[Tensor, Posterior]:
+        self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, phases: Tensor, samples: Samples, dense: bool,
+        pairs: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Posterior]:  # fmt: skip
         """Log weights of the children of significant samples, block-sparse, and what they amount to.
 
-        Phases are `(t·j, p)`, of all fine translations.
+        Phases are `(t·j, p)`, of all fine translations; pairs of particle and orientation particle · R + orientation,
+        ascending, and to which of them each sample belongs.
         """
         grid = self.grid
         operands = self._score_operands(batch, inverse_sigma2, scale, batch.geometry.n_pixels)
         if dense:
             values = self._dense_scores(batch, inverse_sigma2, operands, phases, samples)  # (b, o, j)
         else:
-            values = self._pair_scores(batch, operands, phases, samples)
+            values = self._pair_scores(batch, operands, phases, samples, *pairs)
         values += samples.log_prior.to(self.dtype)[:, None, None]
         weights = block_sparse(
             samples.particle, samples.column, values.flatten(1), len(batch),
@@ -393,17 +417,15 @@ class Expectation:
         first = weights.crow_indices().long() * values[0].numel()
         return weights, posterior(weights.values().flatten(), first, self.settings.adaptive_fraction)
 
-    def _is_dense(self, batch: ImageBatch, samples: Samples) -> bool:
-        """Whether so many orientations are significant that all are better done at once."""
+    def _is_dense(self, batch: ImageBatch, n_pairs: int) -> bool:
+        """Whether so many pairs of particle and orientation are significant that all are better done at once."""
         if self.settings.local_sigma is not None:
             return False
         n_fine = self.model.n_classes * self.grid.n_orientations * self.grid.orientation_children
         if n_fine * batch.geometry.n_pixels > self.settings.fine_weights:
             return False  # all their slices would not fit
-        orientation = samples.column // self.grid.n_translations
-        pairs = torch.unique_consecutive(samples.particle * (orientation.max() + 1) + orientation)
-        support = DENSE_SUPPORT[pairs.device.type]
-        return len(pairs) > support * len(batch) * self.model.n_classes * self.grid.n_orientations
+        support = DENSE_SUPPORT[batch.masked.device.type]
+        return n_pairs > support * len(batch) * self.model.n_classes * self.grid.n_orientations
 
     def _dense_slab(self, batch: ImageBatch) -> int:
         """How many particles' weights of all fine samples may be held at once."""
@@ -430,9 +452,7 @@ class Expectation:
         projections = self._projections(self._every_fine_slice(batch), inverse_sigma2, weights)
         nothing = None if power is not None else torch.zeros(len(projections.values), device=images.device)
         slab = self._dense_slab(batch)
-        starts = range(0, len(batch), slab)
-        ends = torch.searchsorted(samples.particle, torch.tensor([*starts, len(batch)], device=shift.device)).tolist()
-        for start, (begin, end) in zip(starts, pairwise(ends), strict=True):
+        for start, begin, end in in_steps(samples.particle, len(batch), slab):
             here = slice(start, start + slab)
             # priors come with the samples
             scores = log_weights(
@@ -446,24 +466,22 @@ class Expectation:
             del scores  # gone before the next ones are made
         return values
 
-    def _pair_scores(self, batch: ImageBatch, operands: tuple, phases: Tensor, samples: Samples) -> Tensor:
+    def _pair_scores(
+        self, batch: ImageBatch, operands: tuple, phases: Tensor, samples: Samples, key: Tensor, pair: Tensor
+    ) -> Tensor:
         """Scores `(b, o, j)`: each particle with its significant orientations' children, at all shifts at once."""
         grid, n_pixels = self.grid, batch.geometry.n_pixels
         n_shifts, o, j = grid.n_translations, grid.orientation_children, grid.translation_children
         images, weights, power = operands
-        orientation, shift = samples.column // n_shifts, samples.column % n_shifts
+        shift = samples.column % n_shifts
         values = torch.empty((len(shift), o, j), dtype=self.dtype, device=images.device)
         n_orientations = self.model.n_classes * grid.n_orientations
-        key, pair = torch.unique_consecutive(samples.particle * n_orientations + orientation, return_inverse=True)
         children = torch.arange(o, device=images.device)
         step = max(1, self.settings.chunk_elements // (o * len(phases)))
-        starts = range(0, len(key), step)
-        ends = torch.searchsorted(pair, torch.tensor([*starts, len(key)], device=pair.device)).tolist()
-        for start, (begin, end) in zip(starts, pairwise(ends), strict=True):
+        for start, begin, end in in_steps(pair, len(key), step):
             mine = key[start : start + step, None]
             fine = (mine % n_orientations * o + children).flatten()
-            unique, inverse = torch.unique(fine, return_inverse=True)
-            slices = self.references.slices(batch.geometry, unique, n_pixels, fine=True)
+            slices, inverse = self.references.slices_of(batch.geometry, fine, n_pixels, fine=True)
             scores = score_pairs(
                 slices, inverse, (mine // n_orientations).expand(-1, o).flatten(), images, weights, phases, power,
                 self.settings.chunk_elements, half=self._bears_half_precision(slices, weights),
@@ -476,11 +494,11 @@ class Expectation:
 
     def _accumulate(
         self, batch: ImageBatch, optics_group: int, group: Tensor, norm_correction: Tensor, inverse_sigma2: Tensor,
-        scale: Tensor, phases: Tensor, samples: Samples, dense: bool, weights: Tensor, found: Posterior,
+        scale: Tensor, phases: Tensor, samples: Samples, dense: bool, found: Posterior,
     ) -> BatchResult:  # fmt: skip
         grid, sums, n = self.grid, self.sums, len(batch)
         n_shifts, o, j = grid.n_translations, grid.orientation_children, grid.translation_children
-        rows, best = block_rows(weights), found.best
+        rows, best = samples.particle, found.best
         if self.settings.cross_correlation:
             # winner takes all: its score is not a log probability
             pmax = torch.ones(n, dtype=torch.float64, device=rows.device)
@@ -493,7 +511,7 @@ class Expectation:
             kept = found.kept
         kept = kept.reshape(-1, o, j)
         orientation, shift = samples.column // n_shifts, samples.column % n_shifts
-        strong = batch.geometry.from_reference_shells(self.model.data_vs_prior.amax(0)) > SCALE_MINIMUM_DATA_VS_PRIOR
+        strong = self.model.data_vs_prior.amax(0) > SCALE_MINIMUM_DATA_VS_PRIOR
         where = (
             sums, self.references, batch, operands(batch, inverse_sigma2, scale, strong), phases, rows, orientation,
             shift, kept,
@@ -511,28 +529,25 @@ class Expectation:
         share = share.view(n, -1, n_shifts, j)
         offsets = (batch.offset_angst[:, None, None] + grid.fine_shifts())[:, None]  # (n, 1, t, j, 2)
         from_prior = offsets - self.model.prior_offset[:, None, None]
-        sums.offset_square += (share * from_prior.square().sum(-1)).sum()
-        sums.class_offset += (share[..., None] * offsets).sum((0, 2, 3))
+        sums.offset_square += torch.dot(share.flatten(), from_prior.square().sum(-1).flatten())
+        if self.model.ndim == 2:
+            sums.class_offset += (share[..., None] * offsets).sum((0, 2, 3))
         total = share.sum((1, 2, 3))
 
         # noise, norm and scale from what is left of the images
-        shells = torch.arange(batch.power.shape[1], device=rows.device)
-        power = torch.where(shells <= batch.geometry.size // 2, total[:, None] * batch.power, batch.power)
-        by_shell = residual @ batch.geometry.pixels.shell_matrix(batch.geometry.size, torch.float64)
-        sums.noise[optics_group] += power.sum(0) + by_shell
-        sums.noise_weight[optics_group] += total.sum()
-        new_norm = norm_correction / self.model.norm_average * (2 * (power.sum(1) + figures[:, 0])).sqrt()
-        sums.norm += new_norm.sum()
+        power = batch.power.clone()
+        power[:, : batch.geometry.size // 2 + 1].mul_(total[:, None])
+        by_shell = residual @ batch.geometry.pixels.shell_matrix(batch.geometry.size)
+        sums.noise[optics_group].add_(power.sum(0)).add_(by_shell)
+        sums.noise_weight[optics_group].add_(total.sum())
+        new_norm = (power.sum(1).add_(figures[:, 0]) * 2).sqrt_().mul_(norm_correction / self.model.norm_average)
         sums.scale_xa.index_add_(0, group, figures[:, 1])
         sums.scale_aa.index_add_(0, group, figures[:, 2])
         sums.group_weight.index_add_(0, group, torch.ones_like(total))
 
         # directions, figures
-        direction = class_of * grid.n_directions + orientation % grid.n_orientations // grid.n_psi
-        sums.pdf_direction.view(-1).index_add_(0, direction, by_child.sum(1))
-        sums.pmax += pmax.sum()
-        sums.log_likelihood += log_likelihood.sum()
-        sums.particles += n
+        sums.pdf_direction.view(-1).index_add_(0, orientation // grid.n_psi, by_child.sum(1))
+        sums.figures += torch.stack((torch.ones_like(pmax), new_norm, pmax, log_likelihood)).sum(1)
 
         block, child = best // (o * j), best % (o * j)
         fine = orientation[block] % grid.n_orientations * o + child // j
@@ -553,5 +568,5 @@ class Expectation:
         """
         inverse = inverse_sigma2.double()[1:]
         power = squared_magnitude(batch.masked[:, 1:]).double() @ inverse
-        beyond = batch.power[:, batch.geometry.size // 2 + 1 :].sum(1)
-        return -0.5 * (power + beyond) + torch.log(inverse / (2 * torch.pi)).sum()
+        power += batch.power[:, batch.geometry.size // 2 + 1 :].sum(1)
+        return torch.add(torch.log(inverse / (2 * torch.pi)).sum(), power, alpha=-0.5)

@@ -5,8 +5,9 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ class ImageGeometry:
         the group's own Fourier pixels, and its window.
     kx, ky
         `(p,)` the same in Fourier pixels of the reference: M·k·(L·a)/(box·pixel size).
+    shell
+        `(p,)` int64: the reference's shell that each lies in, M aside, its last one at most.
     magnification
         (box·pixel size)/(L·a), 1 where group and reference are alike.
     """
@@ -43,6 +46,7 @@ class ImageGeometry:
     size: int
     kx: Tensor
     ky: Tensor
+    shell: Tensor
     magnification: float
 
     @staticmethod
@@ -54,12 +58,8 @@ class ImageGeometry:
         own = min(optics.box, 2 * math.ceil(size / 2 * magnification - 1e-6))
         pixels = FourierPixels.of(optics.box, device)
         n = pixels.count(own)
-        kx, ky = pixels.kx[:n].to(dtype), pixels.ky[:n].to(dtype)
-        m00, m01, m10, m11 = optics.magnification
-        return ImageGeometry(
-            optics, pixels, own,
-            (m00 * kx + m01 * ky) / magnification, (m10 * kx + m11 * ky) / magnification, magnification,
-        )  # fmt: skip
+        kx, ky, shell = _in_the_reference(optics, magnification, box, dtype, device)
+        return ImageGeometry(optics, pixels, own, kx[:n], ky[:n], shell[:n], magnification)
 
     @property
     def n_pixels(self) -> int:
@@ -69,15 +69,23 @@ class ImageGeometry:
         """Number of pixels inside ``size`` Fourier pixels of the reference."""
         return self.pixels.count(min(self.size, 2 * math.ceil(size / 2 * self.magnification - 1e-6)))
 
-    def phases(self, shifts_angst: Tensor, n_pixels: int, dtype: torch.dtype) -> Tensor:
-        """Phase ramps `(t, n_pixels)` of shifts `(t, 2)` in Å."""
-        ramps = self.pixels.phases(shifts_angst / self.optics.pixel_size, self.size)[:, :n_pixels]
-        return ramps.to(dtype.to_complex())
+    def phases(self, shifts_angst: Tensor) -> Tensor:
+        """Phase ramps `(t, p)` of shifts `(t, 2)` in Å."""
+        ramps = self.pixels.phases(shifts_angst / self.optics.pixel_size, self.size)
+        return ramps.to(self.kx.dtype.to_complex())
 
-    def from_reference_shells(self, values: Tensor) -> Tensor:
-        """A spectrum of the reference `(s,)` at the group's own shells `(box//2 + 1,)`; the last one repeats."""
-        shells = torch.arange(self.optics.box // 2 + 1, device=values.device, dtype=torch.float64)
-        return values[torch.floor(shells / self.magnification + 0.5).long().clamp(max=len(values) - 1)]
+
+@lru_cache(maxsize=64)
+def _in_the_reference(
+    optics: Optics, magnification: float, box: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``kx``, ``ky`` and ``shell`` of :class:`ImageGeometry` for all pixels of an optics group (kept as they are)."""
+    pixels = FourierPixels.of(optics.box, device)
+    kx, ky = pixels.kx.to(dtype), pixels.ky.to(dtype)
+    m00, m01, m10, m11 = optics.magnification
+    shell = torch.floor(pixels.shell.double() / magnification + 0.5).long().clamp(max=box // 2)
+    kx, ky = (m00 * kx + m01 * ky) / magnification, (m10 * kx + m11 * ky) / magnification
+    return memory.keep((kx, ky, shell), "run")
 
 
 @dataclass
@@ -97,7 +105,8 @@ class ImageBatch:
     power
         `(n, box//2 + 1)` Σ|X|² of the masked image by shell, whole transform, double.
     window_power
-        `(n,)` Σ|X|² over the whole square window, its corners and all of the column kx = 0 included, double.
+        `(n,)` Σ|X|² over the whole square window, its corners and all of the column kx = 0 included, double; None
+        where it was not asked for.
     offset_angst
         `(n, 2)` Å, double: the rounded old offset, by which the image was shifted.
     """
@@ -109,7 +118,7 @@ class ImageBatch:
     ctf: Tensor
     back_ctf: Tensor
     power: Tensor
-    window_power: Tensor
+    window_power: Tensor | None
     offset_angst: Tensor
 
     def __len__(self) -> int:
@@ -117,7 +126,8 @@ class ImageBatch:
 
     def __getitem__(self, part: slice) -> "ImageBatch":
         """A range of the particles."""
-        return ImageBatch(self.geometry, *(value[part] for name, value in vars(self).items() if name != "geometry"))
+        mine: dict[str, Any] = {name: value[part] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **mine)
 
 
 def prepare_images(
@@ -130,6 +140,7 @@ def prepare_images(
     particle_diameter: float,
     noise_spectrum: Tensor | None,
     seed: int,
+    cross_correlation: bool = False,
 ) -> ImageBatch:
     """Normalise, translate by whole pixels, mask and transform a batch of images.
 
@@ -149,20 +160,23 @@ def prepare_images(
         Å.
     noise_spectrum
         `(L//2 + 1,)` σ² to fill the outside of the mask with noise; None: its mean (RELION's zero_mask).
+    cross_correlation
+        also compute ``window_power``.
     """
     optics, pixels, n_pixels = geometry.optics, geometry.pixels, geometry.n_pixels
-    shift = offset_angst / optics.pixel_size
-    shift = torch.where(shift >= 0, torch.floor(shift + 0.5), torch.ceil(shift - 0.5))
+    shift = _whole(offset_angst / optics.pixel_size)
     images = translate(images * norm_factor[:, None, None].to(images), shift.long())
     fill = None
     if noise_spectrum is not None:
         fill = spectral_noise(particles, noise_spectrum, optics.box, seed).to(images)
     circle = apply_circular_mask(images, particle_diameter / (2 * optics.pixel_size), fill=fill)
     transform = half_transform(circle)
-    rows = torch.arange(1 - geometry.size // 2, geometry.size // 2 + 1, device=images.device)
-    window_power = squared_magnitude(transform[:, rows, : geometry.size // 2 + 1]).double().sum((1, 2))
+    window_power = None
+    if cross_correlation:
+        rows = torch.arange(1 - geometry.size // 2, geometry.size // 2 + 1, device=images.device)
+        window_power = squared_magnitude(transform[:, rows, : geometry.size // 2 + 1]).double().sum((1, 2))
     masked = pixels.gather(transform)
-    unmasked = pixels.gather(half_transform(images))[:, :n_pixels]
+    unmasked = pixels.gather(half_transform(images), geometry.size)
     kx, ky = pixels.kx[:n_pixels], pixels.ky[:n_pixels]
     phase = aberration_phase(optics, kx, ky)
     response = mtf(optics, kx, ky)
@@ -171,13 +185,14 @@ def prepare_images(
             window *= phase.conj().to(window)
         if response is not None:
             window /= response.to(window)
+    magnitudes = squared_magnitude(masked)
     # shell size/2 is summed inside the window only, the shells beyond it whole
-    counted = (torch.arange(masked.shape[1], device=images.device) < n_pixels) | (pixels.shell > geometry.size // 2)
-    power = (squared_magnitude(masked) * counted).double() @ pixels.shell_matrix(optics.box, torch.float64)
-    masked = masked[:, :n_pixels]
+    magnitudes[:, n_pixels : pixels.count_within(geometry.size // 2)] = 0
+    power = magnitudes.double() @ pixels.shell_matrix(optics.box)
     return ImageBatch(
-        geometry, particles, masked, unmasked, *modulations(geometry, ctf_parameters, len(images), images.dtype), power,
-        window_power, shift * optics.pixel_size,
+        geometry, particles, masked[:, :n_pixels], unmasked,
+        *modulations(geometry, ctf_parameters, len(images), images.dtype), power, window_power,
+        shift * optics.pixel_size,
     )  # fmt: skip
 
 
@@ -207,6 +222,11 @@ def _ctf_terms(optics: Optics, device: torch.device) -> Tensor:
     pixels = FourierPixels.of(optics.box, device)
     with memory.place("run"):
         return ctf_terms(optics, pixels.kx, pixels.ky)
+
+
+def _whole(shift: Tensor) -> Tensor:
+    """Rounded, halves away from 0."""
+    return torch.add(shift, shift.sign(), alpha=0.5).trunc_()
 
 
 def translate(images: Tensor, shift: Tensor) -> Tensor:
@@ -276,8 +296,15 @@ class ParticleImages:
             self._kept[key] = self._load(indices)
         return self._kept[key]
 
+    def _is_kept(self, indices: Tensor) -> bool:
+        return self._kept is not None and (int(indices[0]), len(indices)) in self._kept
+
     def batches(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """What :meth:`read` gives for each of `parts`, the next one read while the last is worked on."""
+        parts = list(parts)
+        if all(map(self._is_kept, parts)):
+            yield from map(self.read, parts)
+            return
         with ThreadPoolExecutor(1) as reader:
             ahead: deque[Future] = deque()
             for part in parts:
@@ -300,7 +327,8 @@ class ParticleImages:
         if ready is not None:
             present = torch.cuda.current_stream(self._device)
             present.wait_event(ready)
-            images.record_stream(present)
+            for tensor in (images, indices):
+                tensor.record_stream(present)
         return images, indices
 
     def sample(self, members: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -318,7 +346,7 @@ class ParticleImages:
                 log.warning("particle %d (%s) is constant or not a number: left out", particle + 1, name)
         if not bool(usable.all()):
             images = images[usable.to(self._device)]
-        return images, indices[usable]
+        return images, indices[usable].to(self._device)
 
     def _on_host(self, indices: Tensor) -> Tensor:
         """For a GPU in pinned memory: it is used again and again, and sent without being copied once more."""
@@ -352,16 +380,14 @@ def estimate_noise(
     `(box//2 + 1,)` double.
     """
     batch, chosen = images.sample(members)
-    shift = origin_angst[chosen].to(batch.device) / optics.pixel_size
-    shift = torch.where(shift >= 0, torch.floor(shift + 0.5), torch.ceil(shift - 0.5)).long()
-    batch = translate(batch, shift)
+    batch = translate(batch, _whole(origin_angst.to(batch.device)[chosen] / optics.pixel_size).long())
     if particle_diameter is not None:
         batch = apply_circular_mask(batch, particle_diameter / (2 * optics.pixel_size))
     pixels = FourierPixels.of(optics.box, batch.device)
     transforms = pixels.gather(half_transform(batch))
     # the column kx = 0 counts with both its halves, as in RELION
     twice = 1.0 + ((pixels.kx == 0) & (pixels.ky > 0) & (pixels.ky < optics.box // 2)).double()
-    sums = pixels.shell_matrix(optics.box, torch.float64) * twice[:, None]
+    sums = pixels.shell_matrix(optics.box) * twice[:, None]
     counts = sums.sum(0).clamp(min=1)
     each = squared_magnitude(transforms).double().mean(0) @ sums / counts
     average = squared_magnitude(transforms.mean(0)).double() @ sums / counts

@@ -124,8 +124,8 @@ def update_parameters(
         this iteration was scored so: noise and scale stay as they are.
     """
     total = sums.pdf_direction.sum()
-    single = (total, sums.norm, sums.offset_square, sums.pmax, sums.log_likelihood, sums.particles)
-    weight, norm_sum, offset_square, pmax, log_likelihood, particles = torch.stack(single).tolist()
+    single = torch.cat((total[None], sums.offset_square[None], sums.figures)).tolist()
+    weight, offset_square, particles, norm_sum, pmax, log_likelihood = single
     if norm:
         model.norm_average = norm_sum / weight
     if scale and not cross_correlation and len(model.scale) > 1:

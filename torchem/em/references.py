@@ -6,7 +6,7 @@ from torch import Tensor
 from torchem.em.images import ImageGeometry
 from torchem.em.sampling import Grid
 from torchem.imaging.projection import fourier_volume
-from torchem.ops.slices import Slices
+from torchem.ops.slices import Slices, kernels_serve
 from torchem.runtime import memory
 
 
@@ -47,3 +47,16 @@ class References:
             geometry.kx[:n_pixels], geometry.ky[:n_pixels], self.padding,
             self.r_max if r_max is None else min(r_max, self.r_max),
         )  # fmt: skip
+
+    def slices_of(
+        self, geometry: ImageGeometry, orientations: Tensor, n_pixels: int, fine: bool, r_max: int | None = None
+    ) -> tuple[Slices, Tensor]:
+        """Slices at orientations that may come several times, and `(m,)` which slice belongs to each.
+
+        Each is there once, but for kernels, which cut them anew for every pair.
+        """
+        if kernels_serve(self.volumes):
+            which = torch.arange(len(orientations), device=orientations.device)
+        else:
+            orientations, which = torch.unique(orientations, return_inverse=True)
+        return self.slices(geometry, orientations, n_pixels, fine, r_max), which

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from torchem.em import schedule
 from torchem.em.expectation import Expectation, ExpectationSettings
 from torchem.em.images import ImageGeometry, ParticleImages, modulations, prepare_images
 from torchem.em.maximization import Joined, update_halves, update_parameters
-from torchem.em.model import Model, Poses
 from torchem.em.options import RefineOptions
 from torchem.em.output import Output, load_checkpoint
 from torchem.em.plan import make_plan
@@ -30,6 +28,7 @@ from torchem.em.sampling import Grid, Sampling
 from torchem.em.start import initial_state, low_pass
 from torchem.em.sums import Sums
 from torchem.errors import InputError
+from torchem.imaging.ctf import Optics
 from torchem.imaging.fourier import FourierPixels, round_half_away
 from torchem.imaging.masks import soft_sphere
 from torchem.imaging.resolution import raised_cosine_lowpass, resolution_at
@@ -46,6 +45,8 @@ MASK_EDGE_PX = 5.0
 FSC_THRESHOLD = 0.143
 # within 3 sigma of a pose, sigma being a coarse step
 LOCAL_ORIENTATIONS = 200
+# numbers noted for a particle: matrix, offset, five figures of BatchResult, and 1 for done
+FOUND = 9 + 2 + 5 + 1
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class Refiner:
                 half.spread_directions(self.grid.n_directions)
 
         # where every particle looks, and what each half then is
-        old_euler, old_offsets = state.poses.euler.clone(), state.poses.offset_angst.clone()
+        old_euler, old_offsets = state.poses.euler, state.poses.offset_angst
         sums = self._expectation(geometries, cross_correlation)
         with memory.scope("chunk"):
             self.joined = memory.keep(self._maximization(sums, cross_correlation), "run")
@@ -197,7 +198,7 @@ class Refiner:
             # only what stays for longer: the thread that sends holds it for a moment after the call
             self.world.broadcast_(half.references)
         with memory.scope("chunk"):
-            schedule.update_changes(state, old_euler, old_offsets, self.operators.cpu())
+            schedule.update_changes(state, old_euler, old_offsets, self.operators)
 
     # start
 
@@ -227,8 +228,9 @@ class Refiner:
             else torch.tensor(mask, dtype=self.dtype, device=self.device)
         )
         self.shell_counts = [FourierPixels.of(optics.box, self.device).shell_counts() for optics in self.optics]
-        self.group, self.optics_group = torch.tensor(particles.group), torch.tensor(particles.optics_group)
-        self.ctf_parameters = torch.tensor(particles.ctf_parameters) if options.ctf else None
+        self.optics_group = torch.tensor(particles.optics_group)
+        self.group = torch.tensor(particles.group, device=self.device)
+        self.ctf_parameters = torch.tensor(particles.ctf_parameters, device=self.device) if options.ctf else None
         # dealt one by one, so that every rank has its share of each half and each micrograph
         self.mine = torch.arange(self.world.rank, len(particles), self.world.size)
         self.plan = make_plan(
@@ -273,23 +275,27 @@ class Refiner:
             local_sigma=state.local_sigma, padding=PADDING, chunk_elements=self.plan.chunk_elements,
             fine_weights=self.plan.fine_weights,
         )  # fmt: skip
-        found = _zero_poses(len(self.particles))
-        done = torch.zeros(len(self.particles))
+        # all copies to and from the device at once: each waits for what the device has to do
+        poses = state.poses
+        last = torch.cat((poses.euler, poses.offset_angst, poses.norm_correction[:, None]), 1).to(self.device)
+        found = torch.zeros((len(self.particles), FOUND), dtype=torch.float64, device=self.device)
         self._finished = 0
         parts = [self._parts_of_half(number) for number in range(len(state.halves))]
         # the first images of a half are read while the last of the other are worked on
-        images = self.images.batches([part for _, part in chain(*parts)])
+        images = self.images.batches([part for of_half in parts for _, part in of_half])
+        ramps: dict[Optics, tuple[Tensor, Tensor]] = {}
         sums = [
-            self._expectation_of_half(half, mine, geometries, images, settings, found, done)
+            self._expectation_of_half(
+                Expectation(half, self.grid, settings, self.operators, ramps), mine, geometries, images, last, found
+            )
             for half, mine in zip(state.halves, parts, strict=True)
-        ]
-        for tensor in (*vars(found).values(), done):
-            self.world.sum_(tensor)
-        # an unusable particle keeps what it had
-        for name, values in vars(found).items():
-            kept = getattr(state.poses, name)
-            new = (done > 0).reshape(-1, *([1] * (values.ndim - 1)))
-            setattr(state.poses, name, torch.where(new, values, kept))
+        ]  # fmt: skip
+        self.world.sum_(found)
+        euler = torch.stack(euler_angles(found[:, :9].view(-1, 3, 3)), 1)
+        *columns, done = torch.cat((euler, found[:, 9:]), 1).cpu().split((3, 2, 1, 1, 1, 1, 1, 1), 1)
+        for (name, kept), new in zip(vars(poses).items(), columns, strict=True):
+            # an unusable particle keeps what it had
+            setattr(poses, name, torch.where(done > 0, new, kept.view(new.shape)).to(kept.dtype).view(kept.shape))
         return sums
 
     def _parts_of_half(self, number: int) -> list[tuple[int, Tensor]]:
@@ -303,16 +309,15 @@ class Refiner:
         ]
 
     def _expectation_of_half(
-        self, half: Model, parts: list[tuple[int, Tensor]], geometries: list[ImageGeometry],
-        batches: Iterator[tuple[Tensor, Tensor]], settings: ExpectationSettings, found: Poses, done: Tensor,
+        self, expectation: Expectation, parts: list[tuple[int, Tensor]], geometries: list[ImageGeometry],
+        batches: Iterator[tuple[Tensor, Tensor]], last: Tensor, found: Tensor,
     ) -> Sums:  # fmt: skip
         """The sums of one half; notes what was found for its particles."""
-        expectation = Expectation(half, self.grid, settings, self.operators)
         for group, part in parts:
             images, indices = next(batches)
             if len(indices):
                 with memory.scope("batch"):
-                    self._batch(expectation, half, group, geometries[group], images, indices, found, done)
+                    self._batch(expectation, group, geometries[group], images, indices, last, found)
             if self.progress is not None:
                 self._finished += len(part)
                 self.progress(self._finished, len(self.mine))
@@ -325,39 +330,29 @@ class Refiner:
         return expectation.sums
 
     def _batch(
-        self, expectation: Expectation, half: Model, group: int, geometry: ImageGeometry, images: Tensor,
-        indices: Tensor, found: Poses, done: Tensor,
+        self, expectation: Expectation, group: int, geometry: ImageGeometry, images: Tensor, indices: Tensor,
+        last: Tensor, found: Tensor,
     ) -> None:  # fmt: skip
         """Run the E-step on one batch and note what was found for its particles."""
-        options, poses = self.options, self.state.poses
-        norm = poses.norm_correction[indices].to(self.device)
+        options, half = self.options, expectation.model
+        euler, offset_angst, norm = last[indices].split((3, 2, 1), 1)
+        norm = norm[:, 0]
         with memory.scope("chunk"):
             batch = memory.keep(prepare_images(
-                images, indices.to(self.device), geometry,
-                None if self.ctf_parameters is None else self.ctf_parameters[indices].to(self.device),
-                half.norm_average / norm if options.norm else torch.ones_like(norm),
-                poses.offset_angst[indices].to(self.device), self.diameter,
+                images, indices, geometry, None if self.ctf_parameters is None else self.ctf_parameters[indices],
+                half.norm_average / norm if options.norm else torch.ones_like(norm), offset_angst, self.diameter,
                 None if options.zero_mask else half.sigma2_noise[group], options.seed + self.state.iteration,
+                expectation.settings.cross_correlation,
             ), "batch")  # fmt: skip
-        result = expectation(
-            batch, group, self.group[indices].to(self.device), norm, poses.euler[indices].to(self.device)
-        )
-        columns = {
-            "euler": torch.stack(euler_angles(result.euler_matrix), 1),
-            "offset_angst": result.offset_angst,
-            "class_number": result.class_number[:, None],
-            "norm_correction": (result.norm_correction if options.norm else norm)[:, None],
-            "pmax": result.pmax[:, None],
-            "significant": result.significant[:, None],
-            "log_likelihood": result.log_likelihood[:, None],
-        }
-        # one copy to the host; doubles hold every one of these numbers exactly
-        table = torch.cat([values.double() for values in columns.values()], 1).cpu()
-        widths = [values.shape[1] for values in columns.values()]
-        for name, values in zip(columns, table.split(widths, 1), strict=True):
-            kept = getattr(found, name)
-            kept[indices] = values.reshape(-1, *kept.shape[1:]).to(kept.dtype)
-        done[indices] = 1
+        result = expectation(batch, group, self.group[indices], norm, euler)
+        columns = (
+            result.class_number, result.norm_correction if options.norm else norm, result.pmax, result.significant,
+            result.log_likelihood, torch.ones_like(norm),
+        )  # fmt: skip
+        # doubles hold every one of these numbers exactly
+        found.index_copy_(0, indices, torch.cat(
+            (result.euler_matrix.flatten(1), result.offset_angst, *(values[:, None] for values in columns)), 1
+        ))  # fmt: skip
 
     # maximization
 
@@ -412,22 +407,18 @@ class Refiner:
         group = int(self.optics_group[shuffled[0]])
         chosen = shuffled[self.optics_group[shuffled] == group][: schedule.ACCURACY_PARTICLES]
         geometry = geometries[group]
-        parameters = None if self.ctf_parameters is None else self.ctf_parameters[chosen].to(self.device)
+        parameters = None if self.ctf_parameters is None else self.ctf_parameters[chosen.to(self.device)]
         ctf, _ = modulations(geometry, parameters, len(chosen), self.dtype)
         sigma2 = state.halves[0].sigma2_noise[group]
         shell = geometry.pixels.shell[: geometry.n_pixels]
-        state.accuracy_angles, state.accuracy_offsets, by_shell = schedule.estimate_accuracy(
-            state.halves[0], geometry, ctf, (1 / sigma2)[shell].to(self.dtype),
+        state.accuracy_angles, state.accuracy_offsets, state.orientability = schedule.estimate_accuracy(
+            state.halves[0], geometry, ctf, (1 / sigma2).to(self.dtype)[shell],
             state.poses.euler[chosen].to(self.device), state.poses.class_number[chosen].to(self.device),
             state.current_size // 2, PADDING, state.generator,
         )  # fmt: skip
-        state.orientability = memory.keep(by_shell.cpu(), "run")
+        state.orientability = memory.keep(state.orientability, "run")
 
     def _write(self) -> None:
         if self.output is not None and self.world.rank == 0:
             self.output.write(self.state, self.grid, self.joined)
 
-
-def _zero_poses(n: int) -> Poses:
-    zeros = torch.zeros(n, dtype=torch.float64)
-    return Poses.initial(torch.zeros((n, 3), dtype=torch.float64), torch.zeros((n, 2), dtype=torch.float64), zeros)

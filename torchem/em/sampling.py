@@ -98,20 +98,26 @@ class Grid:
         if sampling.ndim == 3:
             self.pixels = torch.from_numpy(asymmetric_directions(sampling.symmetry, sampling.healpix_order))
             self.rot, self.tilt = self._angles(sampling.healpix_order, self.pixels)
-            self.child_rot, self.child_tilt = self._angles(
+            child_angles = self._angles(
                 sampling.healpix_order + sampling.oversampling,
                 self.pixels[:, None] * 4**sampling.oversampling + torch.arange(4**sampling.oversampling),
             )
         else:
             self.pixels = torch.zeros(1, dtype=torch.int64)
             self.rot = self.tilt = torch.zeros(1, dtype=torch.float64, device=self.device)
-            self.child_rot = self.child_tilt = torch.zeros((1, 1), dtype=torch.float64, device=self.device)
+            child_angles = self.rot[:, None], self.tilt[:, None]
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        # an orientation is a turn within the plane after one to its direction
+        self._directions = rotation_matrix(self.rot, self.tilt, zero)
+        self._child_directions = rotation_matrix(*child_angles, zero)
         # of the directions themselves; what is perturbed is compared with them
-        self.views = rotation_matrix(self.rot, self.tilt, torch.zeros_like(self.rot))[:, 2].contiguous()
+        self.views = self._directions[:, 2].contiguous()
         self.psi = torch.arange(n_psi, dtype=torch.float64, device=self.device) * (360.0 / n_psi)
         n_child_psi = 2**sampling.oversampling
         parts = torch.arange(n_child_psi, dtype=torch.float64, device=self.device)
         self.child_psi = self.psi[:, None] + (360.0 / n_psi) * ((parts + 0.5) / n_child_psi - 0.5)
+        self._turns = rotation_matrix(zero, zero, self.psi)
+        self._child_turns = rotation_matrix(zero, zero, self.child_psi)
         self.translations = self._disc(sampling.offset_range, sampling.offset_step)
         quarter = sampling.offset_step * ((parts + 0.5) / n_child_psi - 0.5)
         children = torch.cartesian_prod(quarter, quarter).reshape(-1, 2)
@@ -135,7 +141,7 @@ class Grid:
 
     @property
     def orientation_children(self) -> int:
-        return self.child_rot.shape[1] * self.child_psi.shape[1]
+        return self._child_directions.shape[1] * self.child_psi.shape[1]
 
     @property
     def translation_children(self) -> int:
@@ -143,18 +149,15 @@ class Grid:
 
     def matrices(self, orientations: Tensor) -> Tensor:
         """Perturbed rotation matrices `(m, 3, 3)` of coarse orientations `(m,)` (numbers within one class)."""
-        direction, psi = orientations // self.n_psi, orientations % self.n_psi
-        return self._perturbed(self.rot[direction], self.tilt[direction], self.psi[psi])
+        return self._perturbed(self._directions[orientations // self.n_psi], self._turns[orientations % self.n_psi])
 
     def child_matrices(self, children: Tensor) -> Tensor:
         """Perturbed matrices `(m, 3, 3)` of fine orientations `(m,)`, numbered orientation · children + child."""
         n_child_psi = self.child_psi.shape[1]
         orientation, child = children // self.orientation_children, children % self.orientation_children
-        direction, psi = orientation // self.n_psi, orientation % self.n_psi
         return self._perturbed(
-            self.child_rot[direction, child // n_child_psi],
-            self.child_tilt[direction, child // n_child_psi],
-            self.child_psi[psi, child % n_child_psi],
+            self._child_directions[orientation // self.n_psi, child // n_child_psi],
+            self._child_turns[orientation % self.n_psi, child % n_child_psi],
         )
 
     def coarse_shifts(self) -> Tensor:
@@ -187,30 +190,22 @@ class Grid:
         -------
         particle `(m,)`, ascending; orientation `(m,)`, ascending for each particle; log prior `(m,)`.
         """
-        n = len(euler)
-        poses = rotation_matrix(*euler.unbind(1))  # (n, 3, 3)
+        n, g, d = len(euler), len(operators), self.n_directions
         # an angle within 3 sigma is a cosine above this one
         bound = math.cos(math.radians(3 * sigma)) if 3 * sigma < 180 else -2.0
-        nearest = torch.full((n,), -2.0, dtype=torch.float64, device=self.device)
-        alone = torch.zeros((3, n), dtype=torch.float64, device=self.device)  # direction, cosine, psi of the nearest
+        all_operators = operators.to(euler).transpose(0, 1).flatten(1)  # (3, g·3)
         found: list[tuple[Tensor, ...]] = []
-        for some in operators.to(poses).split(max(1, COSINES // (n * len(self.views)))):
-            mates = (poses.flatten(0, 1) @ some.transpose(0, 1).flatten(1)).view(n, 3, -1, 3).transpose(1, 2)
-            mates = mates.flatten(0, 1)
-            cosine = mates[:, 2] @ self.views.T  # (n·g, d)
-            psi = psi_angle(mates)
-            mate, direction = torch.nonzero(cosine > bound, as_tuple=True)
-            found.append((mate // len(some), direction, cosine[mate, direction], psi[mate]))
-            best = cosine.max(1)
-            closest = best.values.view(n, -1).max(1)
-            mate = torch.arange(n, device=self.device) * len(some) + closest.indices
-            candidate = torch.stack((best.indices[mate].double(), closest.values, psi[mate]))
-            alone = torch.where(closest.values > nearest, candidate, alone)
-            nearest = torch.maximum(nearest, closest.values)
-        lonely = torch.nonzero(nearest <= bound)[:, 0]
-        found.append((lonely, alone[0, lonely].long(), alone[1, lonely], alone[2, lonely]))
+        at_once = max(1, COSINES // (g * d))
+        for begin in range(0, n, at_once):
+            poses = rotation_matrix(*euler[begin : begin + at_once].unbind(1))  # (m, 3, 3)
+            mates = (poses.flatten(0, 1) @ all_operators).view(-1, 3, g, 3).transpose(1, 2)
+            cosine = (mates[:, :, 2] @ self.views.T).flatten(1)  # (m, g·d)
+            near = (cosine > bound).scatter_(1, cosine.argmax(1, keepdim=True), True)
+            particle, sample = torch.nonzero(near, as_tuple=True)
+            mate = sample // d
+            found.append((begin + particle, sample % d, cosine[particle, sample], psi_angle(mates)[particle, mate]))
         particle, direction, cosine, psi = (torch.cat(part) for part in zip(*found, strict=True))
-        distance = torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
+        distance = torch.rad2deg(torch.acos(cosine.clamp_(-1, 1)))
         log_prior = -0.5 * (distance / sigma) ** 2
         _, log_total = row_logsumexp(log_prior, particle, n)
         log_prior -= log_total[particle]
@@ -221,7 +216,7 @@ class Grid:
         index = torch.round(psi / step)[:, None] + torch.arange(-reach, reach + 1, device=self.device)
         turn = index * step - psi[:, None]  # (m, window)
         near = turn.abs() < 3 * sigma
-        near[:, reach] |= ~near.any(1)
+        near[:, reach] = True  # the nearest
         psi_prior = torch.where(near, -0.5 * (turn / sigma) ** 2, -torch.inf)
         psi_prior = psi_prior - torch.logsumexp(psi_prior, dim=1, keepdim=True)
         row, column = torch.nonzero(near, as_tuple=True)
@@ -229,23 +224,21 @@ class Grid:
         log_prior = log_prior[row] + psi_prior[row, column]
         # two mates may share a sample where sigma is wide
         key, inverse = torch.unique(particle[row] * self.n_orientations + orientation, return_inverse=True)
-        _, log_prior = row_logsumexp(log_prior, inverse, len(key))
-        return key // self.n_orientations, key % self.n_orientations, log_prior
+        prior = torch.zeros_like(key, dtype=log_prior.dtype).index_add_(0, inverse, log_prior.exp_())
+        return key // self.n_orientations, key % self.n_orientations, prior.log_()
 
     def _angles(self, order: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
         colatitude, longitude = healpix.pix2ang(2**order, pixels.numpy(), nest=True)
         rot = (np.rad2deg(longitude) + 180.0) % 360.0 - 180.0
         return torch.from_numpy(rot).to(self.device), torch.from_numpy(np.rad2deg(colatitude)).to(self.device)
 
-    def _perturbed(self, rot: Tensor, tilt: Tensor, psi: Tensor) -> Tensor:
+    def _perturbed(self, directions: Tensor, turns: Tensor) -> Tensor:
         omega = self.sampling.perturbation * self.sampling.angular_step
-        if self.sampling.ndim == 2:
-            return rotation_matrix(rot, tilt, psi + omega)
-        matrices = rotation_matrix(rot, tilt, psi)
+        # no batch of products of 3 × 3, which takes a GPU ten times as long
+        matrices = (turns[..., None] * directions[..., None, :, :]).sum(-2)
         if omega == 0:
             return matrices
-        # one product: a batch of products of 3 × 3 takes a GPU ten times as long
-        return (matrices.reshape(-1, 3) @ _equal_turns(omega, self.device)).view_as(matrices)
+        return (matrices.view(-1, 3) @ _equal_turns(omega, self.sampling.ndim, self.device)).view_as(matrices)
 
     def _disc(self, radius: float, step: float) -> Tensor:
         reach = math.ceil(radius / step)
@@ -255,7 +248,8 @@ class Grid:
 
 
 @lru_cache(maxsize=2)
-def _equal_turns(degrees: float, device: torch.device) -> Tensor:
-    """`(3, 3)`: rot, tilt and psi of so many degrees (kept: all slices of an iteration are turned so)."""
-    turn = torch.tensor(degrees, dtype=torch.float64)
-    return memory.keep(rotation_matrix(turn, turn, turn).to(device), "run")
+def _equal_turns(degrees: float, ndim: int, device: torch.device) -> Tensor:
+    """`(3, 3)`: all angles that there are of so many degrees (kept: all slices of an iteration are turned so)."""
+    psi = torch.tensor(degrees, dtype=torch.float64)
+    other = psi if ndim == 3 else torch.zeros_like(psi)
+    return memory.keep(rotation_matrix(other, other, psi).to(device), "run")

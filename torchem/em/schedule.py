@@ -98,7 +98,8 @@ def update_changes(state: State, old_euler: Tensor, old_offsets: Tensor, operato
     Less than 0.4 of a coarse step is no move. (RELION's source names the fine step; its own runs go on to a finer grid
     after two iterations on each, as they do by the coarse step and cannot by the fine one.)
     """
-    before, now = (rotation_matrix(*euler.unbind(1)) for euler in (old_euler, state.poses.euler))
+    poses = torch.stack((old_euler, state.poses.euler)).to(operators.device)
+    before, now = rotation_matrix(*poses.unbind(2))
     state.change_angles = float(axes_distance(before, now, operators).mean())
     moved = (state.poses.offset_angst - old_offsets).square().sum(1).mean()
     state.change_offsets = float((moved / 2).sqrt())
@@ -170,11 +171,9 @@ def estimate_accuracy(
     angle, shift, and `(box//2 + 1,)` the share of each shell in telling the angles apart (all 0 if none does).
     """
     n, device, dtype = len(ctf), ctf.device, model.references.dtype
-    weight = ctf.square() * inverse_sigma2 * (torch.arange(ctf.shape[1], device=device) > 0)
+    weight = ctf.square() * inverse_sigma2
+    weight[:, 0] = 0
     volumes = torch.stack([fourier_volume(m, r_max, padding) for m in model.references])
-    # shells of the reference, whatever box the images have
-    shell = torch.floor(geometry.pixels.shell[: geometry.n_pixels] / geometry.magnification + 0.5).long()
-    shell_matrix = torch.nn.functional.one_hot(shell.clamp(max=model.box // 2), model.box // 2 + 1).double()
 
     def slices(angles: Tensor) -> Tensor:
         """`(e, n, 3)` to `(e, n, p)`."""
@@ -182,40 +181,43 @@ def estimate_accuracy(
         classes = class_number.repeat(len(angles))
         return Slices(volumes, classes, matrices, geometry.kx, geometry.ky, padding, r_max).cut().unflatten(0, (-1, n))
 
-    def first_error(errors: list[float], difference: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
+    def first_error(errors: list[float], difference: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         found = torch.full((n,), errors[-1], dtype=torch.float64, device=device)
         missing = torch.ones(n, dtype=torch.bool, device=device)
-        by_shell = torch.zeros(shell_matrix.shape[1], dtype=torch.float64, device=device)
+        by_shell = torch.zeros(model.box // 2 + 1, dtype=torch.float64, device=device)
         for some in torch.tensor(errors, dtype=torch.float64, device=device).split(max(1, TRIALS // weight.numel())):
             differences = (difference(some[:, None, None]) * weight).double() / 2  # (e, n, p)
             distinct = differences.sum(2) > ACCURACY_THRESHOLD
-            first = distinct & (distinct.cumsum(0) == 1) & missing
-            found = torch.where(first.any(0), some @ first.double(), found)
-            by_shell += first.double().flatten() @ differences.flatten(0, 1) @ shell_matrix
+            first = (distinct & (distinct.cumsum(0) == 1) & missing).double()
+            found = torch.where(first.any(0), some @ first, found)
+            # shells of the reference, whatever box the images have
+            by_shell.index_add_(0, geometry.shell, first.flatten() @ differences.flatten(0, 1))
             missing &= ~distinct.any(0)
             if not bool(missing.any()):
                 break
-        return float(found.mean()), by_shell / by_shell.sum().clamp(min=1e-300)
+        return found.mean(), by_shell / by_shell.sum().clamp(min=1e-300)
 
     n_angles = 3 if model.ndim == 3 else 1
     axis = torch.randint(n_angles, (n,), generator=generator).to(device) + (3 - n_angles)
     coordinate = torch.randint(2, (n,), generator=generator).to(device)
     true = slices(euler[None])
-    turn = torch.nn.functional.one_hot(axis, 3)
+    turn = axis[:, None] == torch.arange(3, device=device)
     k = torch.where(coordinate[:, None] == 0, geometry.pixels.kx, geometry.pixels.ky)[:, : geometry.n_pixels]
+    half_phase, power = k.double() * (torch.pi / geometry.optics.box), 4 * squared_magnitude(true)
 
     def turned(error: Tensor) -> Tensor:
         return squared_magnitude(true - slices(euler + error * turn))
 
     def shifted(error: Tensor) -> Tensor:
         # |1 - exp(iφ)|² = 4 sin²(φ/2)
-        return squared_magnitude(true) * (2 * torch.sin(torch.pi * error / geometry.optics.box * k)).square().to(dtype)
+        return power * torch.sin(error * half_phase).square_().to(dtype)
 
     angle_steps = ((0.2, 0.05), (1, 0.1), (2, 0.2), (5, 0.5), (10, 1), (20, 2), (30, 5))
     shift_steps = ((1, 0.1), (2, 0.2), (5, 0.5), (10, 1))
     angles, by_shell = first_error(_growing(angle_steps), turned)
     shift, _ = first_error(_growing(shift_steps), shifted)
-    return angles, shift * geometry.optics.pixel_size, by_shell
+    found = torch.cat((torch.stack((angles, shift * geometry.optics.pixel_size)), by_shell)).cpu()
+    return float(found[0]), float(found[1]), found[2:]
 
 
 def _growing(steps: tuple[tuple[float, float], ...]) -> list[float]:

@@ -31,33 +31,31 @@ class Sums:
     weight: Tensor
     noise: list[Tensor]  # an optics group (box//2 + 1,)
     noise_weight: Tensor  # (optics groups,)
-    norm: Tensor  # ()
     scale_xa: Tensor  # (groups,)
     scale_aa: Tensor
     group_weight: Tensor  # (groups,)
     offset_square: Tensor  # ()
-    class_offset: Tensor  # (k, 2)
+    class_offset: Tensor  # (k, 2); of 2D references
     pdf_direction: Tensor  # (k, d)
-    pmax: Tensor  # ()
-    log_likelihood: Tensor  # ()
-    particles: Tensor  # ()
+    figures: Tensor  # (particles, norm, pmax, log-likelihood)
+    small: Tensor  # all but the volumes, one after the other in memory
 
     @staticmethod
     def zeros(model: Model, n_directions: int, r_max: int, padding: int) -> "Sums":
         k, references = model.n_classes, model.references
         shape = (k, *volume_shape(r_max, padding, model.ndim))
 
-        def zero(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float64, device=references.device)
-
+        groups, optics_groups = len(model.scale), len(model.sigma2_noise)
+        shells = [len(s) for s in model.sigma2_noise]
+        sizes = [*shells, optics_groups, groups, groups, groups, 1, 2 * k, k * n_directions, 4]
+        small = torch.zeros(sum(sizes), dtype=torch.float64, device=references.device)
+        *noise, noise_weight, xa, aa, group_weight, offset_square, class_offset, pdf, figures = small.split(sizes)
         return Sums(
             data=torch.zeros(shape, dtype=references.dtype.to_complex(), device=references.device),
             weight=torch.zeros(shape, dtype=references.dtype, device=references.device),
-            noise=[torch.zeros_like(s) for s in model.sigma2_noise],
-            noise_weight=zero(len(model.sigma2_noise)),
-            norm=zero(), scale_xa=zero(len(model.scale)), scale_aa=zero(len(model.scale)),
-            group_weight=zero(len(model.scale)), offset_square=zero(), class_offset=zero(k, 2),
-            pdf_direction=zero(k, n_directions), pmax=zero(), log_likelihood=zero(), particles=zero(),
+            noise=noise, noise_weight=noise_weight, scale_xa=xa, scale_aa=aa, group_weight=group_weight,
+            offset_square=offset_square[0], class_offset=class_offset.view(k, 2),
+            pdf_direction=pdf.view(k, n_directions), figures=figures, small=small,
         )  # fmt: skip
 
     def with_particles_of(self, other: "Sums") -> "Sums":
@@ -70,8 +68,8 @@ class Sums:
         return replace(self, **{name: both(value, getattr(other, name)) for name, value in mine.items()})
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor, for summing over ranks."""
-        return [t for value in vars(self).values() for t in (value if isinstance(value, list) else [value])]
+        """All of it, for summing over ranks."""
+        return [self.data, self.weight, self.small]
 
 
 def operands(batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, strong: Tensor) -> Operands:
@@ -82,15 +80,16 @@ def operands(batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, strong: T
     inverse_sigma2, scale
         `(p,)` 1/σ², and `(n, 1)` the particles' scales.
     strong
-        `(shells,)` bool: where the scale may be learnt from.
+        `(shells,)` bool: where in the reference's spectrum the scale may be learnt from.
     """
+    weights = (scale * inverse_sigma2).mul_(batch.back_ctf)
     return Operands(
         aligned=batch.masked * batch.ctf,
         ctf2=batch.ctf.square(),
-        numerator=batch.unmasked * (batch.back_ctf * scale * inverse_sigma2),
-        denominator=batch.ctf * batch.back_ctf * scale.square() * inverse_sigma2,
+        numerator=batch.unmasked * weights,
+        denominator=weights.mul_(scale).mul_(batch.ctf),
         scale=scale[:, 0],
-        strong=strong[batch.geometry.pixels.shell[: batch.geometry.n_pixels]].to(batch.ctf.dtype),
+        strong=strong[batch.geometry.shell].to(batch.ctf.dtype),
     )
 
 
@@ -124,18 +123,27 @@ def add_rows(
     step = max(1, chunk_elements // (2 * len(phases)))
     for start in range(0, len(key), step):
         mine = key[start : start + step]
-        here = torch.nonzero((pair >= start) & (pair < start + step))[:, 0]
-        of, at = block[here], pair[here] - start
+        of, at, turn = block, pair, child
+        if len(mine) < len(key):
+            here = torch.nonzero((pair >= start) & (pair < start + step))[:, 0]
+            of, at, turn = block[here], pair[here] - start, child[here]
         probability = torch.zeros((len(mine), n_shifts, j), dtype=kept.dtype, device=rows.device)
-        probability[at, shift[of]] = kept[of, child[here]]
-        unique, inverse = torch.unique_consecutive(mine // n, return_inverse=True)
+        probability[at, shift[of]] = kept[of, turn]
+        slices, which = references.slices_of(batch.geometry, mine // n, n_pixels, fine=True)
         some = add_pairs(
-            references.slices(batch.geometry, unique, n_pixels, fine=True), inverse, mine % n,
-            probability.flatten(1), phases, operands, sums.data, sums.weight, chunk_elements,
-        )  # fmt: skip
+            slices, which, mine % n, probability.flatten(1), phases, operands, sums.data, sums.weight, chunk_elements
+        )
         residual += some[0]
         figures += some[1]
     return residual, figures
+
+
+def in_steps(numbers: Tensor, n: int, step: int) -> list[tuple[int, int, int]]:
+    """Of an ascending list of numbers below n: 0, step, 2·step …, and where those up to the next one begin and end."""
+    if n <= step:
+        return [(0, 0, len(numbers))]
+    ends = torch.searchsorted(numbers, torch.arange(0, n + step, step, device=numbers.device)).tolist()
+    return [(number * step, *part) for number, part in enumerate(pairwise(ends))]
 
 
 def _halves(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -221,9 +229,8 @@ def add_dense(
         residual.add_(difference.sum(0, dtype=torch.float64))
         figures[part] = torch.stack((difference.sum(1), a @ operands.strong, b @ operands.strong), 1).double()
 
-    starts = torch.searchsorted(rows, torch.arange(0, n + slab, slab, device=rows.device)).tolist()
-    for number, (begin, end) in enumerate(pairwise(starts)):
-        add(slice(number * slab, min((number + 1) * slab, n)), begin, end)
+    for start, begin, end in in_steps(rows, n, slab):
+        add(slice(start, min(start + slab, n)), begin, end)
     numerators = torch.view_as_complex(numerators.unflatten(1, (-1, 2)))[:, :n_pixels]
     slices.insert(sums.data, sums.weight, numerators, denominators)
     return residual, figures

@@ -32,14 +32,12 @@ def block_sparse(rows: Tensor, columns: Tensor, values: Tensor, n_rows: int, n_c
     block = values.shape[1]
     largest = max(n_columns * block, len(rows))
     index = torch.int32 if largest < 2**31 else torch.int64
-    crow = torch.zeros(n_rows + 1, dtype=index, device=rows.device)
-    crow[1:] = torch.cumsum(torch.bincount(rows, minlength=n_rows), 0)
     return torch.sparse_bsr_tensor(
-        crow, columns.to(index), values[:, None], size=(n_rows, n_columns * block), check_invariants=False
-    )
+        row_starts(rows, n_rows).to(index), columns.to(index), values[:, None], size=(n_rows, n_columns * block),
+        check_invariants=False,
+    )  # fmt: skip
 
 
-def block_rows(weights: Tensor) -> Tensor:
-    """`(b,)` int64: the row of each block."""
-    crow = weights.crow_indices().long()
-    return torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff())
+def row_starts(rows: Tensor, n_rows: int) -> Tensor:
+    """`(n + 1,)`: where each row of an ascending list `(m,)` begins, and the end."""
+    return torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))

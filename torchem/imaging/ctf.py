@@ -122,7 +122,7 @@ def ctf_terms(optics: Optics, kx: Tensor, ky: Tensor) -> Tensor:
     """What :func:`ctf` takes of the pixels, whatever the particle: `(5, p)` float64.
 
     The phase without defocus, πλ times k², x² − y² and 2xy, of which Δ(θ)k² is made (mean defocus · k² + half
-    difference · (cos 2α (x² − y²) + sin 2α · 2xy)), and k²/4.
+    difference · (cos 2α (x² − y²) + sin 2α · 2xy)), and -k²/4.
     """
     x, y = _frequencies(optics, kx, ky)
     square = x * x + y * y
@@ -130,7 +130,7 @@ def ctf_terms(optics: Optics, kx: Tensor, ky: Tensor) -> Tensor:
     fixed = math.asin(optics.amplitude_contrast) - math.pi / 2 * optics.cs * 1e7 * wavelength**3 * square**2
     fixed = fixed - _zernike(optics.even_zernike, _even_order, x, y)
     forms = math.pi * wavelength * torch.stack((square, x * x - y * y, 2 * x * y))
-    return torch.cat((fixed[None], forms, square[None] / 4))
+    return torch.cat((fixed[None], forms, square[None] / -4))
 
 
 def ctf_of_terms(optics: Optics, parameters: Tensor, terms: Tensor) -> Tensor:
@@ -138,19 +138,17 @@ def ctf_of_terms(optics: Optics, parameters: Tensor, terms: Tensor) -> Tensor:
     fixed, *forms, quarter = terms.to(parameters)
     # (n, 1) each
     defocus_u, defocus_v, angle, phase_shift, b_factor, scale = parameters[:, :, None].unbind(1)
-    half_difference = (defocus_u - defocus_v) / 2
-    twice_angle = torch.deg2rad(2 * angle)
-    argument = fixed + torch.deg2rad(phase_shift)  # (n, p)
+    difference, twice_angle = defocus_u - defocus_v, angle * (math.pi / 90)
+    argument = torch.add(fixed, phase_shift, alpha=math.pi / 180)  # (n, p)
     # sums in place, not a matrix product: TF32 products would ruin arguments of hundreds of radians
-    argument.addcmul_((defocus_u + defocus_v) / 2, forms[0])
-    argument.addcmul_(half_difference * twice_angle.cos(), forms[1])
-    argument.addcmul_(half_difference * twice_angle.sin(), forms[2])
-    values = argument.sin_().mul_(torch.exp(-b_factor * quarter))
+    argument.addcmul_(defocus_u + defocus_v, forms[0], value=0.5)
+    argument.addcmul_(difference * twice_angle.cos(), forms[1], value=0.5)
+    argument.addcmul_(difference * twice_angle.sin(), forms[2], value=0.5)
+    values = argument.sin_().mul_((b_factor * quarter).exp_())
     if optics.phase_flipped:
         values.abs_()
     values.mul_(scale)
-    values.masked_fill_((values >= 0) & (values < CTF_FLOOR), CTF_FLOOR)
-    return values.masked_fill_((values < 0) & (values > -CTF_FLOOR), -CTF_FLOOR)
+    return torch.copysign(values.abs().clamp_(min=CTF_FLOOR), values)
 
 
 def aberration_phase(optics: Optics, kx: Tensor, ky: Tensor, dtype: torch.dtype = torch.complex128) -> Tensor | None:

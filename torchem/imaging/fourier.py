@@ -56,12 +56,15 @@ class FourierPixels:
         L, pixels.
     kx, ky, shell
         `(p,)` int64: Fourier pixels and their shell.
+    place
+        `(p,)` int64: where they are in a flattened half transform.
     """
 
     box: int
     kx: Tensor
     ky: Tensor
     shell: Tensor
+    place: Tensor
 
     @staticmethod
     @lru_cache(maxsize=16)
@@ -83,21 +86,24 @@ class FourierPixels:
         angle = torch.atan2(ky.double(), kx.double())
         order = torch.argsort(angle, stable=True)
         order = order[torch.argsort((shell * 2 + (ky == -shell))[order], stable=True)]
-        return FourierPixels(box, *(a[order].to(device) for a in (kx, ky, shell)))
+        place = (ky % box) * (half + 1) + kx
+        return FourierPixels(box, *(a[order].to(device) for a in (kx, ky, shell, place)))
 
     def count(self, size: int) -> int:
         """Number of pixels in the window cropped to ``size`` (even) Fourier pixels."""
-        return _counts(self.box)[size // 2]
+        return _counts(self.box)[0][size // 2]
 
-    def gather(self, transform: Tensor) -> Tensor:
-        """Take the pixels out of half transforms: `(..., L, L//2 + 1)` to `(..., p)`."""
-        flat = (self.ky % self.box) * (self.box // 2 + 1) + self.kx
-        return transform.flatten(-2)[..., flat]
+    def count_within(self, shell: int) -> int:
+        """Number of pixels in all shells up to one."""
+        return _counts(self.box)[1][shell]
 
-    def shell_matrix(self, size: int, dtype: torch.dtype) -> Tensor:
-        """`(count(size), L//2 + 1)` zeros and ones: ``values @ shell_matrix`` sums pixels by shell."""
-        shell = self.shell[: self.count(size)]
-        return torch.nn.functional.one_hot(shell, self.box // 2 + 1).to(dtype)
+    def gather(self, transform: Tensor, size: int | None = None) -> Tensor:
+        """Take the pixels, or those of a smaller window, out of half transforms: `(..., L, L//2 + 1)` to `(..., p)`."""
+        return transform.flatten(-2)[..., self.place[: self.count(size or self.box)]]
+
+    def shell_matrix(self, size: int) -> Tensor:
+        """`(count(size), L//2 + 1)` double zeros and ones: ``values @ shell_matrix`` sums pixels by shell."""
+        return _shell_matrix(self.box, self.shell.device)[: self.count(size)]
 
     def shell_counts(self) -> Tensor:
         """`(L//2 + 1,)` int64: number of pixels in each whole shell."""
@@ -106,15 +112,21 @@ class FourierPixels:
     def phases(self, shifts_px: Tensor, size: int) -> Tensor:
         """Phase ramps exp(-2 pi i k·t / L) that shift an image by t: `(t, 2)` pixels (x, y) to `(t, count(size))`."""
         n = self.count(size)
-        turns = (shifts_px[:, :1] * self.kx[:n] + shifts_px[:, 1:] * self.ky[:n]) / self.box
-        return torch.polar(torch.ones_like(turns), -2 * math.pi * turns)
+        shifts = shifts_px * (-2 * math.pi / self.box)
+        angle = shifts[:, :1] * self.kx[:n] + shifts[:, 1:] * self.ky[:n]
+        return torch.polar(angle.new_ones(()), angle)
 
 
 @lru_cache(maxsize=16)
-def _counts(box: int) -> list[int]:
+def _shell_matrix(box: int, device: torch.device) -> Tensor:
+    """Of all pixels (kept: every batch is summed by it)."""
+    return memory.keep(torch.nn.functional.one_hot(FourierPixels.of(box, device).shell).double(), "run")
+
+
+@lru_cache(maxsize=16)
+def _counts(box: int) -> tuple[list[int], list[int]]:
+    """Pixels in the window that reaches each shell, and in all shells up to it."""
     pixels = FourierPixels.of(box)
-    counts = [1]
-    for half in range(1, box // 2 + 1):
-        cut = (pixels.shell < half) | ((pixels.shell == half) & (pixels.ky > -half))
-        counts.append(int(cut.sum()))
-    return counts
+    within = torch.bincount(pixels.shell).cumsum(0)
+    bottom = torch.bincount(pixels.shell[(pixels.ky == -pixels.shell) & (pixels.shell > 0)], minlength=len(within))
+    return (within - bottom).tolist(), within.tolist()

@@ -51,27 +51,28 @@ def apply_circular_mask(images: Tensor, radius_px: float, edge_px: float = 5.0, 
     -------
     `(n, L, L)`: mask · image + (1 − mask) · background.
     """
-    return _replace_outside(images, _disc(images.shape[-1], radius_px, edge_px, images.dtype, images.device), fill)
+    return _replace_outside(images, _kept(images.shape[-1], radius_px, edge_px, 2, images.dtype, images.device), fill)
 
 
 def remove_outside(volume: Tensor, radius_px: float, edge_px: float = 3.0) -> Tensor:
     """Replace what lies outside a soft sphere (disc) by its mean weighted by 1 − mask; `(L, L, L)` or `(L, L)`."""
-    mask = soft_sphere(volume.shape[-1], radius_px, edge_px, volume.ndim, volume.dtype, volume.device)
+    mask = _kept(volume.shape[-1], radius_px, edge_px, volume.ndim, volume.dtype, volume.device)
     return _replace_outside(volume, mask, None)
 
 
 @lru_cache(maxsize=8)
-def _disc(box: int, radius_px: float, edge_px: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A disc (kept: all images of an optics group have the same)."""
-    with memory.place("run"):
-        return soft_sphere(box, radius_px, edge_px, 2, dtype, device)
+def _kept(
+    box: int, radius_px: float, edge_px: float, ndim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """A mask, and the sum of 1 − mask (kept: all images of an optics group have the same, and all maps)."""
+    mask = soft_sphere(box, radius_px, edge_px, ndim, dtype, device)
+    # a mask that covers the whole box leaves nothing to average, and nothing to fill
+    return memory.keep((mask, (1 - mask).sum().clamp_min(torch.finfo(dtype).tiny)), "run")
 
 
-def _replace_outside(values: Tensor, mask: Tensor, fill: Tensor | None) -> Tensor:
-    outside = 1 - mask
+def _replace_outside(values: Tensor, kept: tuple[Tensor, Tensor], fill: Tensor | None) -> Tensor:
+    mask, outside = kept
     if fill is None:
         axes = tuple(range(-mask.ndim, 0))
-        # a mask that covers the whole box leaves nothing to average, and nothing to fill
-        total = outside.sum().clamp_min(torch.finfo(mask.dtype).tiny)
-        fill = (values * outside).sum(axes, keepdim=True) / total
-    return values * mask + fill * outside
+        fill = (values * (1 - mask)).sum(axes, keepdim=True) / outside
+    return torch.lerp(fill, values, mask)

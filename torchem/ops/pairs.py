@@ -258,10 +258,11 @@ def _paired(volumes: Tensor) -> tuple[Tensor, Tensor]:
     """Volumes in half precision, each value and its neighbour in x as one int64, and the unit they are multiples of."""
     values = torch.view_as_real(volumes)
     # of half precision's range only the top is used up: small values keep their digits
-    unit = values.abs().amax().clamp(min=1e-30) / 2.0**14
-    values = (values / unit).half()
-    neighbours = torch.nn.functional.pad(values[..., 1:, :], (0, 0, 0, 1))
-    return torch.cat((values, neighbours), -1).view(torch.int64)[..., 0], unit[None]
+    unit = torch.linalg.vector_norm(values, torch.inf).clamp(min=1e-30) / 2.0**14
+    pairs = values.new_zeros((*volumes.shape, 4), dtype=torch.float16)
+    torch.div(values, unit, out=pairs[..., :2])
+    pairs[..., :-1, 2:] = pairs[..., 1:, :2]
+    return pairs.view(torch.int64)[..., 0], unit[None]
 
 
 def _score_on_gpu(

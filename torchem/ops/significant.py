@@ -135,15 +135,16 @@ def significant_of_rows(log_weights: Tensor, log_totals: Tensor, fraction: float
     log_weights, log_totals
         `(n, c)` real, and `(n,)` float64 log of each row's whole weight.
     """
-    floor = log_totals - _deepest(torch.full_like(log_totals, log_weights.shape[1]), fraction)
+    floor = log_totals - _deepest(torch.tensor(log_weights.shape[1]), fraction)
     row, column = torch.nonzero(log_weights > floor[:, None].to(log_weights.dtype), as_tuple=True)
     first = torch.searchsorted(row, torch.arange(len(log_weights) + 1, device=row.device))
     candidates = log_weights[row, column]
     if candidates.is_cuda and candidates.dtype == torch.float32:
-        keep = _posterior_on_gpu(candidates, first, fraction).kept > 0
+        kept = _posterior_on_gpu(candidates, first, fraction).kept
     else:
-        keep = _posterior(candidates, first, fraction, log_totals).kept > 0
-    return row[keep], column[keep]
+        kept = _posterior(candidates, first, fraction, log_totals).kept
+    place = torch.nonzero(kept)[:, 0]
+    return row[place], column[place]
 
 
 def first_best(values: Tensor, rows: Tensor, top: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def first_best(values: Tensor, rows: Tensor, top: Tensor) -> Tensor:
 
 def _deepest(counts: Tensor, fraction: float) -> Tensor:
     """Nats under a row's total from which on its `counts` samples together do not reach the rest of the fraction."""
-    return torch.log(counts.clamp(min=1).double() / max((1 - fraction) * 1e-3, 1e-300))
+    return torch.log(counts.clamp(min=1) / max((1 - fraction) * 1e-3, 1e-300))
 
 
 def _posterior_on_gpu(log_weights: Tensor, first: Tensor, fraction: float) -> Posterior:
@@ -166,7 +167,7 @@ def _posterior_on_gpu(log_weights: Tensor, first: Tensor, fraction: float) -> Po
     top = torch.empty(n, dtype=torch.float32, device=device)
     log_total = torch.empty(n, dtype=torch.float64, device=device)
     best = torch.empty(n, dtype=torch.int64, device=device)
-    deepest = _deepest(first.diff(), fraction).float()
+    deepest = _deepest(first.diff(), fraction)
     if n:
         posterior_kernel[(n,)](
             log_weights, first, kept, top, log_total, best, fraction, deepest,

@@ -46,8 +46,8 @@ class Slices:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether :mod:`torchem.kernels.pairs` serves: single precision, 3D references."""
-        return self.volumes.is_cuda and self.volumes.dtype == torch.complex64 and self.volumes.ndim == 4
+        """Whether kernels cut and insert them."""
+        return kernels_serve(self.volumes)
 
     def cells(self) -> tuple[Tensor, Tensor]:
         """For kernels: `(u,)` where each slice's volume begins, and `(u, 6)` padded x, y, z a step in kx and in ky."""
@@ -76,6 +76,11 @@ class Slices:
                 data[k], weight[k], slices[mine], slice_weights[mine], self.matrices[mine], self.kx, self.ky,
                 self.padding, self.r_max,
             )  # fmt: skip
+
+
+def kernels_serve(volumes: Tensor) -> bool:
+    """Whether :mod:`torchem.kernels.pairs` does: single precision, 3D references."""
+    return volumes.is_cuda and volumes.dtype == torch.complex64 and volumes.ndim == 4
 
 
 def packed(values: Tensor) -> Tensor:
@@ -273,16 +278,15 @@ def _project_on_gpu(volume: Tensor, matrices: Tensor, kx: Tensor, ky: Tensor, pa
     """:func:`project` in one kernel."""
     ndim, half = volume.ndim, volume.shape[0] // 2
     k = torch.stack((kx, ky), dim=-1).to(matrices.dtype)
-    points = torch.matmul(k * padding, matrices[:, :2, :ndim])  # (p, 2) @ (r, 2, ndim)
-    sign = 1 - 2 * (points[..., 0] < 0).to(points.dtype)
+    points = torch.matmul(k * (padding / half), matrices[:, :2, :ndim])  # (p, 2) @ (r, 2, ndim)
+    sign = torch.where(points[..., 0] < 0, -1.0, 1.0).to(points.dtype)
     points.mul_(sign[..., None])
     # grid_sample wants [-1, 1] from the first to the last voxel, x first
-    points[..., 0].mul_(2 / half).sub_(1)
-    points[..., 1:].div_(half)
+    points[..., 0].mul_(2).sub_(1)
     sampled = torch.nn.functional.grid_sample(
         torch.view_as_real(volume).movedim(-1, 0)[None], points.reshape(1, *([1] * (ndim - 1)), -1, ndim),
         mode="bilinear", padding_mode="zeros", align_corners=True,
     )  # fmt: skip
     real, imaginary = sampled.reshape(2, *sign.shape)
-    inside = kx * kx + ky * ky <= r_max * r_max
+    inside = k.square().sum(-1) <= r_max * r_max
     return torch.complex(real * inside, imaginary * (sign * inside))
