@@ -132,7 +132,7 @@ def test_a_new_iteration_starts_from_the_halves_own_maps() -> None:
 def test_low_resolution_is_shared() -> None:
     cases = [of_case("3D", half, 2) for half in range(2)]
     sums = [case.run(Expectation).sums for case in cases]
-    first, second = (Backprojection.of(s.data[0], s.weight[0], cases[0].operators, 2, 24) for s in sums)
+    first, second = Backprojection.of([(s.data[0], s.weight[0]) for s in sums], cases[0].operators, 2, 24)
     sum_before = first.data + second.data
     join_low_resolution(first, second, 2.9999999)  # 3, but for rounding it is not 4
     join_low_resolution(first, second, 3.0000001)
@@ -153,7 +153,8 @@ def test_masked_fsc_is_that_of_the_masked_maps() -> None:
     mask = soft_sphere(24, 7.0, 3.0, dtype=torch.float64)
     models = [case.model for case in cases]
     # a map takes its sums
-    halves = [Backprojection.of(s.data[0].clone(), s.weight[0].clone(), cases[0].operators, 2, 24) for s in sums]
+    copies = [(s.data[0].clone(), s.weight[0].clone()) for s in sums]
+    halves = Backprojection.of(copies, cases[0].operators, 2, 24)
     m_step.update_halves(
         models, sums, cases[0].operators, 2, tau2_fudge=1.0, join_shell=None, mask=mask, seed=7, last=False
     )

@@ -103,8 +103,10 @@ def test_symmetrised_volumes_are_symmetric(group: str) -> None:
     volume = fourier_volume(map_, 5, PADDING)
     weight = volume.abs().square()
     radius = 10
-    summed, weights = symmetrise(volume, weight, rotations, radius)
-    again, weights_again = symmetrise(summed, weights, rotations, radius)
+    summed, weights = volume.clone(), weight.clone()
+    symmetrise([(summed, weights), (volume.clone(), weight.clone())], rotations, radius)
+    again, weights_again = summed.clone(), weights.clone()
+    symmetrise([(again, weights_again)], rotations, radius)
     assert torch.allclose(again, len(rotations) * summed, atol=1e-10)
     assert torch.allclose(weights_again, len(rotations) * weights, atol=1e-10)
     half = volume.shape[0] // 2
@@ -117,7 +119,10 @@ def test_symmetrising_about_any_axis_is_nearly_exact() -> None:
     rotations = torch.from_numpy(operators("C3"))
     map_ = sum(gaussian(BOX, torch.tensor([4.0, 1, 3], dtype=torch.float64) @ r, 3.0) for r in rotations)
     volume = fourier_volume(map_, 10, PADDING)
-    summed, _ = symmetrise(volume, volume.abs(), rotations, 20)
+    summed = [(volume.clone(), volume.abs()), (2 * volume, volume.abs())]
+    symmetrise(summed, rotations, 20)
+    assert torch.allclose(summed[1][0], 2 * summed[0][0])
+    summed = summed[0][0]
     assert float((summed / 3 - volume).norm() / volume.norm()) < 0.03
 
 

@@ -54,7 +54,7 @@ def update_halves(
         also make the joined map.
     """
     box = models[0].box
-    halves = [Backprojection.of(s.data[0], s.weight[0], operators, padding, box) for s in sums]
+    halves = Backprojection.of([(s.data[0], s.weight[0]) for s in sums], operators, padding, box)
     unfiltered = [half.reconstruct() for half in halves] if last else []
     first, second = halves
     if join_shell is not None:
@@ -80,9 +80,8 @@ def _masked_fsc(first: Backprojection, second: Backprojection, mask: Tensor, see
 def _new_map(model: Model, half: Backprojection, fsc: Tensor, tau2_fudge: float, joined: bool) -> None:
     sigma2 = half.noise_power()
     ratio, tau2 = prior_from_fsc(fsc, sigma2, tau2_fudge, joined)
-    coverage, _ = half.coverage(tau2, tau2_fudge)
     model.fsc, model.sigma2, model.tau2 = fsc[None].clone(), sigma2[None], tau2[None]
-    model.data_vs_prior, model.fourier_coverage = ratio[None], coverage[None]
+    model.data_vs_prior, model.fourier_coverage = ratio[None], half.coverage(tau2, tau2_fudge)[None]
     model.references = half.reconstruct(tau2, tau2_fudge)[None]
 
 
@@ -101,12 +100,15 @@ def update_classes(model: Model, sums: Sums, operators: Tensor, padding: int, r_
     """
     references = []
     for k, reference in enumerate(model.references):
-        sum_ = Backprojection.of(sums.data[k], sums.weight[k], operators, padding, model.box)
+        (sum_,) = Backprojection.of([(sums.data[k], sums.weight[k])], operators, padding, model.box)
         volume = fourier_volume(reference, r_max, padding)
         spectrum = Backprojection(volume, squared_magnitude(volume), padding, model.box)
         model.tau2[k] = spectrum.voxels.shell_mean(spectrum.weights, spectrum.shells, border=True) / 2
         model.sigma2[k] = sum_.noise_power()
-        model.fourier_coverage[k], model.data_vs_prior[k] = sum_.coverage(model.tau2[k], tau2_fudge)
+        model.fourier_coverage[k] = sum_.coverage(model.tau2[k], tau2_fudge)
+        # τ² times the mean of p^d·weight, which is 1/σ²
+        measured = model.sigma2[k] > 0
+        model.data_vs_prior[k] = torch.where(measured, tau2_fudge * model.tau2[k] / model.sigma2[k], 0.0)
         references.append(sum_.reconstruct(model.tau2[k], tau2_fudge))
     model.references = torch.stack(references)
 

@@ -5,8 +5,9 @@ in its order and with its constants; no iterative gridding.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,13 +42,16 @@ class Voxels:
     ----------
     index
         `(v,)` int64: where they are in the flattened volume.
-    radius
-        `(v,)` double: distance from the origin in shells of the box, ascending.
+    half_shell
+        `(v,)` int32, ascending: twice the distance from the origin in shells of the box, rounded down.
+    pieces
+        the same voxels, so many at once that what is computed of them takes little memory.
     """
 
     r_max: int
     index: Tensor
-    radius: Tensor
+    half_shell: Tensor
+    pieces: list["Voxels"] = field(default_factory=list)
     _starts: dict[tuple[int, bool, bool], Tensor] = field(default_factory=dict)
 
     @staticmethod
@@ -66,22 +70,22 @@ class Voxels:
         radius2 = volume_radius2(volume_shape(r_max, padding, ndim), device).flatten()
         inside = torch.nonzero(radius2 <= (padding * r_max) ** 2)[:, 0]
         radius2, order = radius2[inside].sort(stable=True)
-        return memory.keep(Voxels(r_max, inside[order], radius2.double().sqrt() / padding), "run")
+        half_shell = (radius2.double().sqrt() * (2 / padding)).int()
+        index, half_shell = memory.keep((inside[order], half_shell), "run")
+        parts = [slice(start, start + PIECE) for start in range(0, len(index), PIECE)]
+        return Voxels(r_max, index, half_shell, [Voxels(r_max, index[part], half_shell[part]) for part in parts])
 
-    def pieces(self) -> Iterator["Voxels"]:
-        """The same voxels, so many at once that what is computed of them takes little memory."""
-        for start in range(0, len(self.index), PIECE):
-            part = slice(start, start + PIECE)
-            yield Voxels(self.r_max, self.index[part], self.radius[part])
-
-    def nearest(self) -> Tensor:
-        """`(v,)` int64: the shell that each is nearest to."""
-        return torch.floor(self.radius + 0.5).long()
+    def spread(self, values: Tensor, rounded: bool = True, border: bool = True) -> Tensor:
+        """`(v,)`: of values by shell the one of each voxel's; 0 at r_max without border, see :meth:`shell_sums`."""
+        twice = values.repeat_interleave(2)[1 if rounded else 0 :]
+        if not border:
+            twice[2 * self.r_max] = 0
+        return twice.index_select(0, self.half_shell)
 
     def shell_sums(
         self, values: Callable[["Voxels"], Tensor], shells: int, rounded: bool = True, border: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Sums over the voxels of each shell inside r_max, and how many they are, `(shells,)` both.
+    ) -> Tensor:
+        """Sums over the voxels of each shell inside r_max, `(shells,)` double.
 
         Parameters
         ----------
@@ -92,30 +96,29 @@ class Voxels:
         border
             voxels at r_max itself are counted; not, as a rule, in RELION.
         """
-        offsets = self._offsets(shells, rounded, border)
-        sums, start = torch.zeros(shells, dtype=torch.float64, device=self.radius.device), 0
-        for piece in self.pieces():
-            here = (offsets - start).clamp(0, len(piece.index))
-            sums += torch.segment_reduce(values(piece).double(), "sum", offsets=here, unsafe=True, initial=0)
-            start += len(piece.index)
-        return sums, offsets.diff()
+        sums = [
+            torch.segment_reduce(
+                values(piece).double(), "sum", offsets=piece._offsets(shells, rounded, border), unsafe=True, initial=0
+            )
+            for piece in self.pieces
+        ]  # fmt: skip
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
     def _offsets(self, shells: int, rounded: bool, border: bool) -> Tensor:
         """`(shells + 1,)`: where each shell begins, see :meth:`shell_sums`."""
         key = shells, rounded, border
         if key not in self._starts:
-            starts = torch.arange(shells + 1, dtype=torch.float64, device=self.radius.device)
-            starts = torch.searchsorted(self.radius, starts - (0.5 if rounded else 0.0))
-            end = torch.searchsorted(self.radius, self.r_max, right=border)
-            self._starts[key] = memory.keep(starts.clamp(max=end), "run")
+            starts = torch.arange(shells + 1, dtype=torch.int32, device=self.index.device) * 2 - int(rounded)
+            end = 2 * self.r_max + int(border)
+            self._starts[key] = memory.keep(torch.searchsorted(self.half_shell, starts.clamp(max=end)), "run")
         return self._starts[key]
 
     def shell_mean(
         self, values: Callable[["Voxels"], Tensor], shells: int, rounded: bool = True, border: bool = False
     ) -> Tensor:
         """Mean in place of :meth:`shell_sums`; 0 in empty shells."""
-        sums, counts = self.shell_sums(values, shells, rounded, border)
-        return sums / counts.clamp(min=1)
+        counts = self._offsets(shells, rounded, border).diff()
+        return self.shell_sums(values, shells, rounded, border) / counts.clamp_(min=1)
 
 
 _KEPT: dict[tuple[int, int, int, torch.device], Voxels] = {}
@@ -143,12 +146,15 @@ class Backprojection:
         return Voxels.of(self.r_max, self.padding, self.data.ndim, self.data.device)
 
     @staticmethod
-    def of(data: Tensor, weight: Tensor, operators: Tensor, padding: int, box: int) -> "Backprojection":
-        """Finish what the E-step summed, in place: conjugate mates, then the point group's copies (3D)."""
-        make_hermitian(data, weight)
+    def of(
+        sums: list[tuple[Tensor, Tensor]], operators: Tensor, padding: int, box: int
+    ) -> list["Backprojection"]:
+        """Finish what the E-step summed, data and weights, in place: conjugate mates, then copies by symmetry (3D)."""
+        for data, weight in sums:
+            make_hermitian(data, weight)
         if len(operators) > 1:
-            data, weight = symmetrise(data, weight, operators, data.shape[0] // 2 - 1)
-        return Backprojection(data, weight, padding, box)
+            symmetrise(sums, operators, sums[0][0].shape[0] // 2 - 1)
+        return [Backprojection(data, weight, padding, box) for data, weight in sums]
 
     def __add__(self, other: "Backprojection") -> "Backprojection":
         return Backprojection(self.data + other.data, self.weight + other.weight, self.padding, self.box)
@@ -179,19 +185,17 @@ class Backprojection:
             prior[:FIRST_REGULARISED_SHELL] = 0
 
         def regularised(voxels: Voxels) -> Tensor:
-            return self.weights(voxels) + torch.where(voxels.radius < self.r_max, prior[voxels.nearest()], 0.0)
+            return self.weights(voxels).add_(voxels.spread(prior, border=False))
 
-        def finite(voxels: Voxels) -> Tensor:
-            weight = regularised(voxels)
-            return torch.where(torch.isfinite(weight), weight, 0.0)
-
-        floor = WEIGHT_FLOOR * self.voxels.shell_mean(finite, self.shells, rounded=False)
+        floor = self.voxels.shell_mean(
+            lambda voxels: torch.nan_to_num_(regularised(voxels), posinf=0.0), self.shells, rounded=False
+        ).mul_(WEIGHT_FLOOR)  # fmt: skip
+        floor[self.r_max :] = floor[self.r_max - 1]
         volume = torch.zeros_like(self.data)
-        for voxels in self.voxels.pieces():
-            weight = torch.maximum(regularised(voxels), floor[voxels.radius.long().clamp(max=self.r_max - 1)])
-            usable = weight > 0
-            quotient = torch.where(usable, self.numerators(voxels) / torch.where(usable, weight, 1.0), 0.0)
-            volume.view(-1)[voxels.index] = quotient.to(volume.dtype)
+        for voxels in self.voxels.pieces:
+            weight = torch.maximum(regularised(voxels), voxels.spread(floor, rounded=False))
+            inverse = torch.where(weight > 0, 1 / weight, 0.0).to(self.weight.dtype)
+            volume.view(-1)[voxels.index] = self.data.view(-1)[voxels.index].mul_(inverse)
         map_ = remove_outside(real_space_map(volume, self.box, self.padding), self.box / 2)
         return map_ / gridding_correction(self.box, self.padding, map_.ndim, map_.dtype, map_.device)
 
@@ -200,22 +204,24 @@ class Backprojection:
         mean = self.voxels.shell_mean(self.weights, self.shells) * self.padding**self.data.ndim
         return torch.where(mean > 1e-10, 1 / mean.clamp(min=1e-300), 0.0)
 
-    def coverage(self, tau2: Tensor, tau2_fudge: float) -> tuple[Tensor, Tensor]:
-        """Share of each shell where the data outweigh the prior, and the mean ratio of the two."""
-        prior = torch.where(tau2 > 0, 1 / (tau2_fudge * tau2), torch.inf)
+    def coverage(self, tau2: Tensor, tau2_fudge: float) -> Tensor:
+        """Share of each shell where the data outweigh the prior."""
+        unit = self.padding**self.data.ndim * tau2_fudge * tau2
+        return self.voxels.shell_mean(lambda voxels: self.weights(voxels).mul_(voxels.spread(unit)) >= 1, self.shells)
 
-        def ratio(voxels: Voxels) -> Tensor:
-            return self.weights(voxels) * self.padding**self.data.ndim / prior[voxels.nearest()]
 
-        covered = self.voxels.shell_mean(lambda voxels: ratio(voxels) >= 1, self.shells)
-        return covered, self.voxels.shell_mean(ratio, self.shells)
+@lru_cache(maxsize=4)
+def _voxels_within(radius: int, ndim: int) -> int:
+    """How many voxels of a Fourier volume are so near to its origin, in padded pixels."""
+    radius2 = volume_radius2((2 * radius + 1,) * (ndim - 1) + (radius + 1,), torch.device("cpu"))
+    return int((radius2 <= radius**2).sum())
 
 
 def join_low_resolution(first: Backprojection, second: Backprojection, shell: float) -> None:
     """Give both halves the mean of their sums up to a shell, in place: they must not drift apart at low resolution."""
     # a shell number that is whole but for rounding is that shell
-    shell = math.ceil(shell - 1e-6)
-    low = first.voxels.index[: int(torch.searchsorted(first.voxels.radius, shell, right=True))]
+    shell = min(math.ceil(shell - 1e-6), first.r_max)
+    low = first.voxels.index[: _voxels_within(first.padding * shell, first.data.ndim)]
     for a, b in ((first.data.view(-1), second.data.view(-1)), (first.weight.view(-1), second.weight.view(-1))):
         a[low] = b[low] = (a[low] + b[low]) / 2
 
@@ -231,21 +237,20 @@ def fourier_shell_correlation_of_sums(first: Backprojection, second: Backproject
     """
     r_max, ndim, device = first.r_max, first.data.ndim, first.data.device
     shape, cells = volume_shape(r_max, 1, ndim), Voxels.of(r_max, 1, ndim, device)
+    padded = torch.arange(first.data.shape[-1], device=device)
+    k = (2 * padded + first.padding) // (2 * first.padding)  # halves away from 0
+    # the last axis is not centred
+    rounded = [shape[0] // 2 + torch.cat((-k[1:].flip(0), k))] * (ndim - 1) + [k]
 
     def cell_of(voxels: Voxels) -> Tensor:
-        # of each padded voxel, axis by axis, x last and not centred
         cell = torch.zeros_like(voxels.index)
         for axis, stride in enumerate(first.data.stride()):  # torch.unravel_index would import SymPy
-            centred = axis < ndim - 1
-            position = voxels.index // stride % first.data.shape[axis]
-            k = (position - first.data.shape[0] // 2 * centred).double() / first.padding
-            k = (torch.sign(k) * torch.floor(k.abs() + 0.5)).long()
-            cell = cell * shape[axis] + k + shape[0] // 2 * centred
+            cell = cell * shape[axis] + rounded[axis][voxels.index // stride % first.data.shape[axis]]
         return cell
 
     data = torch.zeros((2, math.prod(shape)), dtype=torch.complex128, device=device)
     weight = torch.zeros(data.shape, dtype=torch.float64, device=device)
-    for voxels in first.voxels.pieces():
+    for voxels in first.voxels.pieces:
         cell = cell_of(voxels)
         for half, own_data, own_weight in zip((first, second), data, weight, strict=True):
             own_data.index_add_(0, cell, half.numerators(voxels))
@@ -257,7 +262,7 @@ def fourier_shell_correlation_of_sums(first: Backprojection, second: Backproject
         return (a[voxels.index] * b[voxels.index].conj()).real
 
     cross, power_a, power_b = (
-        cells.shell_sums(values, first.shells, border=True)[0]
+        cells.shell_sums(values, first.shells, border=True)
         for values in (
             cross_power,
             lambda voxels: squared_magnitude(a[voxels.index]),

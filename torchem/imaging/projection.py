@@ -5,12 +5,15 @@ A volume holds the transform of the zero-padded map for |k| <= p·r_max only, th
 (:func:`torchem.imaging.fourier.half_transform`). Everything serves maps `(L, L, L)` and 2D references `(L, L)`.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from torchem.imaging.fourier import half_transform
+from torchem.runtime import memory
 
 # padded pixels: rotated points nearer than this to a grid point are meant to be it
 SNAP = 1e-9
@@ -32,13 +35,14 @@ def volume_radius2(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return radius2[..., None] + axis[half:]
 
 
+@lru_cache(maxsize=4)
 def gridding_correction(box: int, padding: int, ndim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The real-space falloff sinc²(r / (pL)) that trilinear interpolation in the padded transform causes."""
+    """The real-space falloff sinc²(r / (pL)) that trilinear interpolation in the padded transform causes (kept)."""
     axis = ((torch.arange(box, dtype=dtype, device=device) - box // 2) / (padding * box)) ** 2
     radius2 = axis
     for _ in range(ndim - 1):
         radius2 = radius2[..., None] + axis
-    return torch.sinc(radius2.sqrt_()).square_()
+    return memory.keep(torch.sinc(radius2.sqrt_()).square_(), "run")
 
 
 def fourier_volume(map_: Tensor, r_max: int, padding: int) -> Tensor:
@@ -105,22 +109,23 @@ def make_hermitian(volume: Tensor, weight: Tensor) -> None:
     origin = (*(half // 2 for half in volume.shape[:-1]), 0)
     for values in (volume, weight):
         alone = values[origin].clone()
-        values[..., 0] += values[..., 0].flip(axes).conj()
-        values[origin] = alone
+        values[..., 0].add_(values[..., 0].flip(axes).conj())
+        values[origin].copy_(alone)
 
 
-def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -> tuple[Tensor, Tensor]:
-    """Sum a Fourier volume and its weight over the rotated copies of a point group, without dividing.
+def symmetrise(sums: Sequence[tuple[Tensor, Tensor]], operators: Tensor, radius: int) -> None:
+    """Sum Fourier volumes and their weights over the rotated copies of a point group, in place and without dividing.
 
     Parameters
     ----------
-    volume, weight
-        `(D, D, D//2 + 1)` complex and real.
+    sums
+        volume and weight `(D, D, D//2 + 1)`, complex and real, of each map.
     operators
         `(g, 3, 3)` rotations, the identity first.
     radius
-        padded pixels: what lies beyond is 0.
+        padded pixels: what lies beyond stays as it is.
     """
+    weight = sums[0][1]
     half, width = weight.shape[0] // 2, weight.shape[2]
     others = operators[1:].double()
     # no interpolation along axes where all operators bring grid points to grid points
@@ -130,13 +135,12 @@ def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -
     if whole:
         others = others.round()
     # data and weight are looked up together
-    values = torch.cat((torch.view_as_real(volume), weight[..., None]), -1).flatten(0, 2)  # (D·D·(D//2 + 1), 3)
-    total = torch.zeros_like(values)
-    inside = torch.nonzero((volume_radius2(tuple(weight.shape), volume.device) <= radius**2).flatten())[:, 0]
+    before = [torch.cat((torch.view_as_real(v), w[..., None]), -1).flatten(0, 2) for v, w in sums]  # (D·D·width, 3)
+    inside = torch.nonzero((volume_radius2(tuple(weight.shape), weight.device) <= radius**2).flatten())[:, 0]
     # on a CPU what is looked up at once should stay near its caches
-    most = 2**18 if volume.device.type == "cpu" else 2**24 if whole else 2**23
+    most = 2**18 if weight.device.type == "cpu" else 2**24 if whole else 2**23
 
-    def with_copies(voxels: Tensor) -> Tensor:
+    def add_copies(voxels: Tensor) -> None:
         x, y, z = voxels % width, voxels // width % len(weight) - half, voxels // (width * len(weight)) - half
         points = torch.stack((x, y, z), dim=-1).double() @ others.mT  # (g - 1, v, 3)
         if not whole:
@@ -148,22 +152,24 @@ def symmetrise(volume: Tensor, weight: Tensor, operators: Tensor, radius: int) -
         floor = points.floor()
         x, y, z = floor.long().unbind(-1)
         first = x + width * (y + half + len(weight) * (z + half))
-        if whole:
-            found = values[first]
-        else:
-            fraction = (points - floor).to(values.dtype)
-            found = torch.zeros_like(fraction)
-            for corner in corners:
-                share = torch.ones_like(fraction[..., 0])
-                for axis, upper in enumerate(corner):
-                    if not on_grid[axis]:
-                        share = share * (fraction[..., axis] if upper else 1 - fraction[..., axis])
-                offset = corner[0] + width * (corner[1] + len(weight) * corner[2])
-                found.addcmul_(values[first + offset], share[..., None])
-        found[..., 1:2] *= torch.where(mirrored, -1, 1)
-        return values[voxels] + found.sum(0)
+        sign = torch.where(mirrored, -1.0, 1.0).to(weight.dtype)
+        fraction = floor[..., :0] if whole else (points - floor).to(weight.dtype)
+        for values, (volume, own_weight) in zip(before, sums, strict=True):
+            if whole:
+                found = values[first]
+            else:
+                found = torch.zeros_like(fraction)
+                for corner in corners:
+                    share = torch.ones_like(fraction[..., 0])
+                    for axis, upper in enumerate(corner):
+                        if not on_grid[axis]:
+                            share = share * (fraction[..., axis] if upper else 1 - fraction[..., axis])
+                    offset = corner[0] + width * (corner[1] + len(weight) * corner[2])
+                    found.addcmul_(values[first + offset], share[..., None])
+            found[..., 1:2].mul_(sign)
+            total = found.sum(0).add_(values[voxels])
+            volume.view(-1)[voxels] = torch.view_as_complex(total[:, :2].contiguous())
+            own_weight.view(-1)[voxels] = total[:, 2]
 
     for voxels in inside.split(max(1, most // len(operators))):
-        total[voxels] = with_copies(voxels)
-    total = total.reshape(*weight.shape, 3)
-    return torch.view_as_complex(total[..., :2].contiguous()), total[..., 2].contiguous()
+        add_copies(voxels)
