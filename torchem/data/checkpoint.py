@@ -1,6 +1,5 @@
 """Checkpoints: all that a run needs to go on, exactly; the same state gives the same bytes."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ from torchem.data.files import replacing
 
 def write_checkpoint(path: Path, plain: dict[str, Any]) -> None:
     """Write a state taken apart into tensors, numbers, lists and dicts, and its ``generator``."""
-    buffer = io.BytesIO()
-    torch.save(plain | {"generator": plain["generator"].get_state()}, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    # an open file: of a path the temporary name would stand in it
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(plain | {"generator": plain["generator"].get_state()}, file)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and RELION writes so. Older files (1.4 on) are read too; what they have in pixel
 # ruff: noqa: RUF009  (`_at` is dataclasses.field)
 
 import dataclasses
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -346,6 +347,13 @@ def write_sampling(path: str | Path, sampling: SamplingFile, comment: str = "") 
         directions = np.asarray(sampling.directions, np.float64)
         columns = {"rlnAngleRot": directions[:, 0], "rlnAngleTilt": directions[:, 1]}
         blocks["sampling_directions"] = pd.DataFrame(columns)
+    write_star(path, blocks, comment)
+
+
+def write_particles(path: str | Path, tables: bytes, columns: Mapping[str, np.ndarray], comment: str = "") -> None:
+    """Write a data file: pickled tables by block name, the particles' with new columns, or new values in its own."""
+    blocks: dict[str, pd.DataFrame] = pickle.loads(tables)
+    blocks["particles"] = blocks["particles"].assign(**columns)
     write_star(path, blocks, comment)
 
 

@@ -5,6 +5,7 @@ written on a thread, text in a process of its own, from a copy of the state, whi
 """
 
 import dataclasses
+import pickle
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchem.data.bild import write_angular_distribution
 from torchem.data.checkpoint import read_checkpoint, write_checkpoint
-from torchem.data.files import replacing
 from torchem.data.mrc import write_map
 from torchem.data.particles import Particles
 from torchem.data.relion import (
@@ -25,9 +26,9 @@ from torchem.data.relion import (
     SamplingFile,
     write_model,
     write_optimiser,
+    write_particles,
     write_sampling,
 )
-from torchem.data.star import write_star
 from torchem.em.maximization import Joined
 from torchem.em.model import Model, Poses, State
 from torchem.em.options import RefineOptions
@@ -55,6 +56,8 @@ class Output:
         self.comment = "torchem" + (": simulated particles" if simulated else "")
         optics = particles.optics[0]
         self.box, self.pixel_size = optics.box, optics.pixel_size
+        # as they are sent to the other process: text takes long to pickle
+        self._tables = pickle.dumps({"optics": particles.optics_table, "particles": particles.table})
         # a single thread keeps the order, and Python ends no process before it is through
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torchem-output")
         self._writing: Future[None] | None = None
@@ -110,9 +113,9 @@ class Output:
         self._angular_distribution("run_class001_angdist.bild", state)
         self._optimiser("run", state, ["run"])
 
-    def _text(self, write: Callable[..., None], name: str, content: Any) -> None:
+    def _text(self, write: Callable[..., None], name: str, *content: Any) -> None:
         """Write text in the other process: Python makes words of thousands of numbers, one by one."""
-        beside.call(write, (self.folder / name).absolute(), content, self.comment)
+        beside.call(write, (self.folder / name).absolute(), *content, self.comment)
 
     def _map(self, name: str, map_: Tensor) -> None:
         write_map(self.folder / name, map_.numpy(), self.pixel_size, label=self.comment)
@@ -155,7 +158,7 @@ class Output:
 
     def _data(self, stem: str, state: State) -> None:
         poses = state.poses
-        table = self.particles.table.assign(**{
+        columns = {
             "rlnGroupNumber": self.particles.group + 1,
             "rlnAngleRot": poses.euler[:, 0].numpy(),
             "rlnAngleTilt": poses.euler[:, 1].numpy(),
@@ -168,8 +171,8 @@ class Output:
             "rlnLogLikeliContribution": poses.log_likelihood.numpy(),
             "rlnMaxValueProbDistribution": poses.pmax.numpy(),
             "rlnNrOfSignificantSamples": poses.significant.numpy(),
-        })  # fmt: skip
-        self._text(write_star, f"{stem}_data.star", {"optics": self.particles.optics_table, "particles": table})
+        }
+        self._text(write_particles, f"{stem}_data.star", self._tables, columns)
 
     def _sampling(self, stem: str, state: State, directions: Tensor) -> None:
         sampling, options = state.sampling, self.options.sampling
@@ -212,24 +215,8 @@ class Output:
         ))  # fmt: skip
 
     def _angular_distribution(self, name: str, state: State) -> None:
-        """How many particles look along each direction, as cylinders around the map for ChimeraX."""
-        n, tilt, rot = 36, state.poses.euler[:, 1], state.poses.euler[:, 0]
-        # equal areas: bands of equal height in cos(tilt)
-        band = ((1 - torch.cos(torch.deg2rad(tilt))) / 2 * n / 2).long().clamp(0, n // 2 - 1)
-        sector = ((rot % 360.0) / 360.0 * n).long().clamp(0, n - 1)
-        counts = torch.bincount(band * n + sector, minlength=n * n // 2).reshape(n // 2, n)
-        radius = self.box * self.pixel_size / 2
-        lines = [f".comment {self.comment}"]
-        for b, s in torch.nonzero(counts).tolist():
-            share = counts[b, s].item() / counts.max().item()
-            cos_tilt, angle = 1 - (2 * b + 1) / (n / 2), (s + 0.5) * 2 * np.pi / n
-            sin_tilt = np.sqrt(1 - cos_tilt**2)
-            direction = np.array([sin_tilt * np.cos(angle), sin_tilt * np.sin(angle), cos_tilt])
-            start, end = direction * radius + radius, direction * radius * (1 + 0.4 * share) + radius
-            lines.append(f".color {share:.3f} 0 {1 - share:.3f}")
-            lines.append(".cylinder " + " ".join(f"{v:.3f}" for v in (*start, *end, radius / 40)))
-        with replacing(self.folder / name) as temporary:
-            temporary.write_text("\n".join(lines) + "\n")
+        """How many particles look along each direction, for ChimeraX."""
+        self._text(write_angular_distribution, name, state.poses.euler[:, :2].numpy(), self.box * self.pixel_size / 2)
 
 
 def save_checkpoint(path: Path, state: State) -> None:
