@@ -55,15 +55,14 @@ def coarse_size(sampling: Sampling, box: int, pixel_size: float, particle_diamet
 def size_after_fsc(state: State, fsc: Tensor) -> None:
     """Let the next sizes grow faster once the FSC says that there is more: ``size_increment``, ``has_high_fsc``."""
 
-    fsc = fsc.cpu()
+    values = fsc.tolist()
 
     def first_below(threshold: float) -> int:
-        below = torch.nonzero(fsc < threshold)
-        return int(below[0]) if len(below) else len(fsc) - 1
+        return next((shell for shell, value in enumerate(values) if value < threshold), len(values) - 1)
 
     state.size_increment = max(state.size_increment, first_below(0.143) - first_below(0.5) + 5)
     edge = state.current_size // 2 - 1
-    state.has_high_fsc = state.has_high_fsc or bool(fsc[edge] > 0.2)
+    state.has_high_fsc = state.has_high_fsc or values[edge] > 0.2
 
 
 def resolution_shell(data_vs_prior: Tensor) -> int:
@@ -72,11 +71,9 @@ def resolution_shell(data_vs_prior: Tensor) -> int:
     The shell before the first ratio below 1; if some shell more than 3 beyond it is above 1, the highest such one.
     """
     best = 0
-    for ratio in data_vs_prior.cpu():
-        below = torch.nonzero(ratio[1:-1] < 1)
-        shell = int(below[0]) if len(below) else len(ratio) - 2
-        beyond = torch.nonzero(ratio[: len(ratio) - 1] > 1)
-        highest = int(beyond[-1]) if len(beyond) else 0
+    for *ratios, _ in data_vs_prior.tolist():
+        shell = next((s for s, ratio in enumerate(ratios[1:]) if ratio < 1), len(ratios) - 1)
+        highest = max((s for s, ratio in enumerate(ratios) if ratio > 1), default=0)
         best = max(best, highest if highest > shell + 3 else shell)
     return max(best, MINIMUM_RESOLUTION_SHELL)
 
