@@ -32,6 +32,7 @@ from torchem.em import schedule
 from torchem.em.expectation import BatchResult, Expectation, ExpectationSettings, relative_to_mean
 from torchem.em.images import ImageBatch, ImageGeometry, ParticleImages, estimate_noise, modulations, prepare_images
 from torchem.em.model import Model, Poses, State
+from torchem.em.references import fourier_volumes
 from torchem.em.sampling import Grid, Sampling
 from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform
 from torchem.imaging.masks import soft_sphere
@@ -404,11 +405,11 @@ def test_accuracies(data: Path, run: str, iteration: int, monkeypatch: pytest.Mo
     )  # fmt: skip
     ctf, _ = modulations(geometry, torch.from_numpy(particles.ctf_parameters), 80, torch.float64)
     noise = torch.from_numpy(before.sigma2_noise[0].astype(float))
-    model = Model.initial(maps_of(folder, run, iteration, "_half1"), [noise], 1, 1)
+    volumes = fourier_volumes(maps_of(folder, run, iteration, "_half1"), size // 2, 2)
     euler = table.reindex(columns=["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"], fill_value=0.0).to_numpy(float)
     angle, shift, share = schedule.estimate_accuracy(
-        model, geometry, ctf, (1 / noise)[geometry.pixels.shell[: geometry.n_pixels]], torch.from_numpy(euler),
-        torch.zeros(80, dtype=torch.int64), size // 2, 2, torch.Generator(),
+        volumes, geometry, ctf, (1 / noise)[geometry.pixels.shell[: geometry.n_pixels]], torch.from_numpy(euler),
+        torch.zeros(80, dtype=torch.int64), size // 2, 2, BOX, torch.Generator(),
     )  # fmt: skip
     assert angle == pytest.approx(after.classes[0].acc_rot, abs=0.11)
     assert shift == pytest.approx(after.classes[0].acc_trans, abs=0.11 * PIXEL)

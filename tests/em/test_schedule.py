@@ -9,6 +9,7 @@ from tests.em import plain_em as em
 from torchem.em import schedule
 from torchem.em.images import ImageGeometry, modulations
 from torchem.em.model import Model, Poses, State
+from torchem.em.references import fourier_volumes
 from torchem.em.sampling import Sampling
 from torchem.imaging.ctf import Optics
 from torchem.imaging.symmetry import euler_angles, operators, rotation_matrix
@@ -201,12 +202,12 @@ def test_accuracy_follows_the_noise(ndim: int) -> None:
     geometry = ImageGeometry.of(optics, 20, box, pixel, torch.float64, torch.device("cpu"))
     ctf, _ = modulations(geometry, None, n, torch.float64)
     euler = torch.from_numpy(rng.uniform(0, 180, (n, 3))) * torch.tensor([ndim - 2, ndim - 2, 1])
-    model = Model.initial(reference[None], [torch.zeros(box // 2 + 1)], 1, 1)
+    volumes = fourier_volumes(reference[None], 10, 2)
 
     def accuracy(sigma2: float) -> tuple[float, float, Tensor]:
         return schedule.estimate_accuracy(
-            model, geometry, ctf, torch.full((geometry.n_pixels,), 1 / sigma2).double(), euler,
-            torch.zeros(n, dtype=torch.int64), 10, 2, torch.Generator().manual_seed(0),
+            volumes, geometry, ctf, torch.full((geometry.n_pixels,), 1 / sigma2).double(), euler,
+            torch.zeros(n, dtype=torch.int64), 10, 2, box, torch.Generator().manual_seed(0),
         )  # fmt: skip
 
     found = [accuracy(s) for s in (1e-8, 1e-5, 1e-4, 1e-3)]
@@ -233,10 +234,10 @@ def test_accuracy_threshold_is_where_the_difference_passes() -> None:
     geometry = ImageGeometry.of(optics, 28, box, pixel, torch.float64, torch.device("cpu"))
     ctf, _ = modulations(geometry, None, 1, torch.float64)
     sigma2 = 2e-5
-    model = Model.initial(reference[None], [torch.zeros(box // 2 + 1)], 1, 1)
+    volumes = fourier_volumes(reference[None], 14, 2)
     angle, _, _ = schedule.estimate_accuracy(
-        model, geometry, ctf, torch.full((geometry.n_pixels,), 1 / sigma2).double(), torch.zeros((1, 3)).double(),
-        torch.zeros(1, dtype=torch.int64), 14, 2, torch.Generator(),
+        volumes, geometry, ctf, torch.full((geometry.n_pixels,), 1 / sigma2).double(), torch.zeros((1, 3)).double(),
+        torch.zeros(1, dtype=torch.int64), 14, 2, box, torch.Generator(),
     )  # fmt: skip
 
     transform = em.padded_transform(reference.numpy(), 14, 2)

@@ -8,7 +8,7 @@ its particles, and their numerators are added before anything is scattered.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -73,6 +73,22 @@ class ExpectationSettings:
 
 
 @dataclass
+class Shared:
+    """What the halves of an iteration have in common, found when it is first needed.
+
+    Attributes
+    ----------
+    ramps
+        by optics group: phases of coarse `(t, p)` and of fine translations `(t·j, p)`, at the pixels of each pass.
+    half_precision
+        whether kernels may take slices from volumes in half precision: the first images speak for all.
+    """
+
+    ramps: dict[Optics, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    half_precision: bool | None = None
+
+
+@dataclass
 class Samples:
     """Significant coarse samples of a batch, sorted by particle, then column."""
 
@@ -119,8 +135,10 @@ class Expectation:
         the iteration's samples.
     operators
         `(g, 3, 3)` of the point group.
-    ramps
-        by optics group, phases of the translations: those that were made for another half, and more to come.
+    shared
+        what the halves have in common.
+    volumes
+        of the references, see :class:`torchem.em.references.References`.
 
     Attributes
     ----------
@@ -130,17 +148,16 @@ class Expectation:
 
     def __init__(
         self, model: Model, grid: Grid, settings: ExpectationSettings, operators: Tensor,
-        ramps: dict[Optics, tuple[Tensor, Tensor]] | None = None,
+        shared: Shared | None = None, volumes: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model, self.grid, self.settings = model, grid, settings
         self.operators = operators
-        self._ramps = {} if ramps is None else ramps
-        self._half_precision: bool | None = None
+        self._shared = shared or Shared()
         self.dtype = model.references.dtype
         r_max = settings.current_size // 2
         # what stays until the maps are made, below what goes with the E-step
         self.sums = Sums.zeros(model, grid.n_directions, r_max, settings.padding)
-        self.references = References(model.references, grid, r_max, settings.padding)
+        self.references = References(model.references, grid, r_max, settings.padding, volumes)
         self._coarse_projections: dict[Optics, Projections] = {}
         self.precisions: set[str] = set()
 
@@ -193,17 +210,21 @@ class Expectation:
         )
 
     def _phases(self, geometry: ImageGeometry) -> tuple[Tensor, Tensor]:
-        """Phase ramps of coarse `(t, p)` and of fine translations `(t·j, p)`, at the pixels of each pass."""
-        if geometry.optics not in self._ramps:
+        """:class:`Shared`'s ramps of an optics group."""
+        ramps = self._shared.ramps
+        if geometry.optics not in ramps:
             coarse = geometry.phases(self.grid.coarse_shifts())[:, : geometry.count(self.settings.coarse_size)]
             fine = geometry.phases(self.grid.fine_shifts().flatten(0, 1))
-            self._ramps[geometry.optics] = memory.keep((coarse.contiguous(), fine), "iteration")
-        return self._ramps[geometry.optics]
+            ramps[geometry.optics] = memory.keep((coarse.contiguous(), fine), "iteration")
+        return ramps[geometry.optics]
 
     def _parts(self, samples: Samples) -> Iterator[slice]:
         """Ranges of particles whose fine weights may be held at once."""
         block = self.grid.orientation_children * self.grid.translation_children
         most = max(1, self.settings.fine_weights // block)
+        if len(samples.column) <= most:
+            yield slice(0, len(samples.significant))
+            return
         ends = torch.cumsum(samples.significant, 0).tolist()
         start, base = 0, 0
         for position, end in enumerate(ends):
@@ -308,11 +329,10 @@ class Expectation:
         """Whether kernels may take slices from volumes in half precision, for images of these weights `(n, p)`."""
         if not slices.on_gpu:
             return False
-        if self._half_precision is None:
-            # the first images of a half speak for all of them
+        if self._shared.half_precision is None:
             some = torch.linspace(0, len(slices) - 1, min(len(slices), SOME_SLICES), device=weights.device).long()
-            self._half_precision = self._precision(slices[some].cut(), weights) in ("fp16", "split")
-        return self._half_precision
+            self._shared.half_precision = self._precision(slices[some].cut(), weights) in ("fp16", "split")
+        return self._shared.half_precision
 
     def _global_samples(
         self, slab: slice, values: Tensor, log_total: Tensor, prior: Tensor | None, offset_prior: Tensor

@@ -117,7 +117,7 @@ def make_plan(
     # a run that goes on later, or on another allocator, finds about as much memory, and then sums up in the same order
     chunk, weights, batch = _power_of_two(chunk), _power_of_two(weights), _power_of_two(batch, n_particles)
     # a table of slices, or as many as tell how accurate poses can be
-    trials = min(TRIALS, ERRORS * ACCURACY_PARTICLES * box * box // 2)
+    trials = min(TRIALS[device.type], ERRORS * ACCURACY_PARTICLES * box * box // 2)
     cut = width * BYTES_WHILE_CUT[device.type] * max(table, trials)
     # the fine pass by dense matrix products holds slices of all orientations, too, as many as there may be weights
     fine = width * (BYTES_PER_FINE_WEIGHT + BYTES_WHILE_CUT[device.type]) * weights

@@ -10,6 +10,12 @@ from torchem.ops.slices import Slices, kernels_serve
 from torchem.runtime import memory
 
 
+def fourier_volumes(maps: Tensor, r_max: int, padding: int) -> Tensor:
+    """The Fourier volume of each map, `(k, …)`, for an iteration."""
+    with memory.scope("chunk"):
+        return memory.keep(torch.stack([fourier_volume(m, r_max, padding) for m in maps]), "iteration")
+
+
 class References:
     """Fourier volumes of one half's references; orientations are numbered class-major.
 
@@ -19,12 +25,13 @@ class References:
         `(k, L, L, L)` or `(k, L, L)`.
     r_max
         pixels: half the ``current_size``.
+    volumes
+        what :func:`fourier_volumes` made of the maps; None: they are made here.
     """
 
-    def __init__(self, maps: Tensor, grid: Grid, r_max: int, padding: int) -> None:
+    def __init__(self, maps: Tensor, grid: Grid, r_max: int, padding: int, volumes: Tensor | None = None) -> None:
         self.grid, self.r_max, self.padding, self.dtype = grid, r_max, padding, maps.dtype
-        with memory.scope("chunk"):
-            self.volumes = memory.keep(torch.stack([fourier_volume(m, r_max, padding) for m in maps]), "iteration")
+        self.volumes = fourier_volumes(maps, r_max, padding) if volumes is None else volumes
 
     def slices(
         self, geometry: ImageGeometry, orientations: Tensor, n_pixels: int, fine: bool, r_max: int | None = None

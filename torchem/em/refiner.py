@@ -18,17 +18,17 @@ from torch import Tensor
 
 from torchem.data.particles import Particles
 from torchem.em import schedule
-from torchem.em.expectation import Expectation, ExpectationSettings
+from torchem.em.expectation import Expectation, ExpectationSettings, Shared
 from torchem.em.images import ImageGeometry, ParticleImages, modulations, prepare_images
 from torchem.em.maximization import Joined, update_halves, update_parameters
 from torchem.em.options import RefineOptions
 from torchem.em.output import Output, load_checkpoint
 from torchem.em.plan import make_plan
+from torchem.em.references import fourier_volumes
 from torchem.em.sampling import Grid, Sampling
 from torchem.em.start import initial_state, low_pass
 from torchem.em.sums import Sums
 from torchem.errors import InputError
-from torchem.imaging.ctf import Optics
 from torchem.imaging.fourier import FourierPixels, round_half_away
 from torchem.imaging.masks import soft_sphere
 from torchem.imaging.resolution import raised_cosine_lowpass, resolution_at
@@ -177,9 +177,12 @@ class Refiner:
             ImageGeometry.of(optics, state.current_size, self.box, self.pixel_size, self.dtype, self.device)
             for optics in self.optics
         ]
+        volumes: list[Tensor] = []
         if state.iteration > 1:
+            # the first half's serve its E-step, too
+            volumes.append(fourier_volumes(state.halves[0].references, state.current_size // 2, PADDING))
             with memory.scope("chunk"):
-                self._estimate_accuracy(geometries)
+                self._estimate_accuracy(volumes[0], geometries)
             schedule.update_sampling(state, options.sampling.local_healpix_order)
         if self.grid.sampling is not state.sampling:
             with memory.place("run"):
@@ -190,7 +193,7 @@ class Refiner:
 
         # where every particle looks, and what each half then is
         old_euler, old_offsets = state.poses.euler, state.poses.offset_angst
-        sums = self._expectation(geometries, cross_correlation)
+        sums = self._expectation(geometries, volumes, cross_correlation)
         with memory.scope("chunk"):
             self.joined = memory.keep(self._maximization(sums, cross_correlation), "run")
             memory.keep(state.halves, "run")
@@ -266,8 +269,13 @@ class Refiner:
 
     # expectation
 
-    def _expectation(self, geometries: list[ImageGeometry], cross_correlation: bool) -> list[Sums]:
-        """The sums of both halves over all particles of all ranks; sets the poses."""
+    def _expectation(
+        self, geometries: list[ImageGeometry], volumes: list[Tensor], cross_correlation: bool
+    ) -> list[Sums]:
+        """The sums of both halves over all particles of all ranks; sets the poses.
+
+        Volumes of the first halves, as many as there are; each is gone with its half's work.
+        """
         state = self.state
         settings = ExpectationSettings(
             current_size=state.current_size, coarse_size=state.coarse_size,
@@ -283,10 +291,11 @@ class Refiner:
         parts = [self._parts_of_half(number) for number in range(len(state.halves))]
         # the first images of a half are read while the last of the other are worked on
         images = self.images.batches([part for of_half in parts for _, part in of_half])
-        ramps: dict[Optics, tuple[Tensor, Tensor]] = {}
+        shared = Shared()
         sums = [
             self._expectation_of_half(
-                Expectation(half, self.grid, settings, self.operators, ramps), mine, geometries, images, last, found
+                Expectation(half, self.grid, settings, self.operators, shared, volumes.pop(0) if volumes else None),
+                mine, geometries, images, last, found,
             )
             for half, mine in zip(state.halves, parts, strict=True)
         ]  # fmt: skip
@@ -400,7 +409,7 @@ class Refiner:
 
     # schedule and files
 
-    def _estimate_accuracy(self, geometries: list[ImageGeometry]) -> None:
+    def _estimate_accuracy(self, volumes: Tensor, geometries: list[ImageGeometry]) -> None:
         """How well the data can tell poses apart, from 100 particles and the first half's map (all ranks alike)."""
         state = self.state
         shuffled = torch.randperm(len(self.particles), generator=state.generator)
@@ -412,9 +421,9 @@ class Refiner:
         sigma2 = state.halves[0].sigma2_noise[group]
         shell = geometry.pixels.shell[: geometry.n_pixels]
         state.accuracy_angles, state.accuracy_offsets, state.orientability = schedule.estimate_accuracy(
-            state.halves[0], geometry, ctf, (1 / sigma2).to(self.dtype)[shell],
+            volumes, geometry, ctf, (1 / sigma2).to(self.dtype)[shell],
             state.poses.euler[chosen].to(self.device), state.poses.class_number[chosen].to(self.device),
-            state.current_size // 2, PADDING, state.generator,
+            state.current_size // 2, PADDING, self.box, state.generator,
         )  # fmt: skip
         state.orientability = memory.keep(state.orientability, "run")
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from torchem.em.images import ImageGeometry
-from torchem.em.model import Model, State
+from torchem.em.model import State
 from torchem.em.sampling import Sampling
 from torchem.imaging.fourier import round_half_away, squared_magnitude
-from torchem.imaging.projection import fourier_volume
 from torchem.imaging.symmetry import axes_distance, rotation_matrix
 from torchem.ops.slices import Slices
 
@@ -23,7 +22,7 @@ MINIMUM_RESOLUTION_SHELL = 5
 ACCURACY_THRESHOLD = 4.60517
 ACCURACY_PARTICLES = 100
 # pixels of all errors and particles that are tried at once
-TRIALS = 2**22
+TRIALS = {"cpu": 2**22, "cuda": 2**23}
 
 
 def image_sizes(state: State, box: int, pixel_size: float, particle_diameter: float, resolution: float) -> None:
@@ -146,8 +145,8 @@ def has_converged(state: State) -> bool:
 
 
 def estimate_accuracy(
-    model: Model, geometry: ImageGeometry, ctf: Tensor, inverse_sigma2: Tensor, euler: Tensor, class_number: Tensor,
-    r_max: int, padding: int, generator: torch.Generator,
+    volumes: Tensor, geometry: ImageGeometry, ctf: Tensor, inverse_sigma2: Tensor, euler: Tensor,
+    class_number: Tensor, r_max: int, padding: int, box: int, generator: torch.Generator,
 ) -> tuple[float, float, Tensor]:  # fmt: skip
     """The smallest errors of angle (degrees) and shift (Å) that the data could tell.
 
@@ -156,6 +155,8 @@ def estimate_accuracy(
 
     Parameters
     ----------
+    volumes
+        `(k, …)` Fourier volumes of the references.
     ctf
         `(n, p)` of the particles to try.
     inverse_sigma2
@@ -167,10 +168,9 @@ def estimate_accuracy(
     -------
     angle, shift, and `(box//2 + 1,)` the share of each shell in telling the angles apart (all 0 if none does).
     """
-    n, device, dtype = len(ctf), ctf.device, model.references.dtype
+    n, device, dtype = len(ctf), ctf.device, volumes.dtype.to_real()
     weight = ctf.square() * inverse_sigma2
     weight[:, 0] = 0
-    volumes = torch.stack([fourier_volume(m, r_max, padding) for m in model.references])
 
     def slices(angles: Tensor) -> Tensor:
         """`(e, n, 3)` to `(e, n, p)`."""
@@ -181,8 +181,9 @@ def estimate_accuracy(
     def first_error(errors: list[float], difference: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         found = torch.full((n,), errors[-1], dtype=torch.float64, device=device)
         missing = torch.ones(n, dtype=torch.bool, device=device)
-        by_shell = torch.zeros(model.box // 2 + 1, dtype=torch.float64, device=device)
-        for some in torch.tensor(errors, dtype=torch.float64, device=device).split(max(1, TRIALS // weight.numel())):
+        by_shell = torch.zeros(box // 2 + 1, dtype=torch.float64, device=device)
+        at_once = max(1, TRIALS[device.type] // weight.numel())
+        for some in torch.tensor(errors, dtype=torch.float64, device=device).split(at_once):
             differences = (difference(some[:, None, None]) * weight).double() / 2  # (e, n, p)
             distinct = differences.sum(2) > ACCURACY_THRESHOLD
             first = (distinct & (distinct.cumsum(0) == 1) & missing).double()
@@ -194,7 +195,7 @@ def estimate_accuracy(
                 break
         return found.mean(), by_shell / by_shell.sum().clamp(min=1e-300)
 
-    n_angles = 3 if model.ndim == 3 else 1
+    n_angles = 3 if volumes.ndim == 4 else 1
     axis = torch.randint(n_angles, (n,), generator=generator).to(device) + (3 - n_angles)
     coordinate = torch.randint(2, (n,), generator=generator).to(device)
     true = slices(euler[None])
