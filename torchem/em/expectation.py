@@ -99,6 +99,8 @@ class Samples:
 
     def __getitem__(self, part: slice) -> "Samples":
         """The samples of a range of particles, renumbered from 0."""
+        if part == slice(0, len(self.significant)):
+            return self
         inside = (self.particle >= part.start) & (self.particle < part.stop)
         return Samples(
             self.particle[inside] - part.start, self.column[inside], self.log_prior[inside], self.significant[part]
@@ -184,9 +186,9 @@ class Expectation:
         results = []
         for part in self._parts(samples):
             with memory.scope("chunk"):
-                mine = (batch[part], samples[part]) if part != slice(0, len(batch)) else (batch, samples)
                 results.append(memory.keep(self._fine_part(
-                    *mine, optics_group, group[part], norm_correction[part], inverse_sigma2, scale[part]
+                    batch[part], samples[part], optics_group, group[part], norm_correction[part], inverse_sigma2,
+                    scale[part],
                 ), "batch"))  # fmt: skip
         if len(results) == 1:
             return results[0]

@@ -64,7 +64,7 @@ class Plan:
 
 def make_plan(
     n_particles: int, box: int, device: torch.device, dtype: torch.dtype, *, map_box: int | None = None,
-    symmetric: bool = False, samples: int = 0, table: int = 0, noise: bool = False, limit: int = 0,
+    symmetric: bool = False, samples: int = 0, table: int = 0, lists: int = 0, noise: bool = False, limit: int = 0,
 ) -> Plan:  # fmt: skip
     """Divide the free memory beside the volumes: a quarter each for images, a batch, and a chunk or fine weights.
 
@@ -82,6 +82,8 @@ def make_plan(
         coarse samples of a particle that may be significant.
     table
         complex values in the largest table of coarse slices.
+    lists
+        bytes of phase ramps and of particles' poses, for an iteration.
     noise
         noise fills the outside of the masks.
     limit
@@ -98,7 +100,7 @@ def make_plan(
     needs = {name: size * voxels for name, size in BYTES_PER_VOXEL.items()}
     needs["chunk"] += BYTES_OF_COPIES * voxels * symmetric
     needs["run"] += LISTS_BYTES[device.type]
-    needs["iteration"] += width * BYTES_PER_SLICE_PIXEL * table
+    needs["iteration"] += width * BYTES_PER_SLICE_PIXEL * table + lists
     needs["chunk"] += SYMMETRY_BYTES[device.type]
     # on a CPU larger batches than this gain nothing
     usable = min(free, 64 << 30) if device.type == "cpu" else free

@@ -106,7 +106,7 @@ class Refiner:
                 options, particles, self.images, torch.tensor(reference, dtype=self.dtype, device=self.device),
                 self.diameter,
             ), "run")  # fmt: skip
-        self.grid = Grid(self.state.sampling, self.device)
+        self._make_grid()
         self._write()
 
     @classmethod
@@ -123,7 +123,7 @@ class Refiner:
         refiner = cls.__new__(cls)
         refiner._set_up(options, particles, mask, folder, world, simulated, progress)
         refiner.state = load_checkpoint(checkpoints[max(whole, key=int)], refiner.device)
-        refiner.grid = Grid(refiner.state.sampling, refiner.device)
+        refiner._make_grid()
         return refiner
 
     def __iter__(self) -> Iterator[Iteration]:
@@ -185,8 +185,7 @@ class Refiner:
                 self._estimate_accuracy(volumes[0], geometries)
             schedule.update_sampling(state, options.sampling.local_healpix_order)
         if self.grid.sampling is not state.sampling:
-            with memory.place("run"):
-                self.grid = Grid(state.sampling, self.device)
+            self._make_grid()
         for half in state.halves:
             if half.pdf_direction.shape[1] != self.grid.n_directions:
                 half.spread_directions(self.grid.n_directions)
@@ -239,7 +238,7 @@ class Refiner:
         self.plan = make_plan(
             len(self.mine), max(o.box for o in self.optics), self.device, self.dtype, map_box=self.box,
             symmetric=len(self.operators) > 1, samples=self._most_samples(), table=self._largest_table(),
-            noise=not options.zero_mask, limit=options.memory.limit_bytes(),
+            lists=self._lists_bytes(), noise=not options.zero_mask, limit=options.memory.limit_bytes(),
         )  # fmt: skip
         log.info("plan: %s", self.plan)
         self.images = ParticleImages(particles, self.dtype, self.device, self.plan.keep_images)
@@ -248,13 +247,23 @@ class Refiner:
         self.output = Output(Path(folder), particles, options, simulated) if folder is not None else None
         self.progress = progress
 
+    def _make_grid(self) -> None:
+        with memory.scope("chunk"):
+            self.grid = Grid(self.state.sampling, self.device)
+            memory.keep(vars(self.grid), "run")
+
     def _most_samples(self) -> int:
         """Coarse samples of a particle that may be significant: all of the first grid, or of a local search."""
         s = self.options.sampling
-        steps = s.offset_range / s.offset_step
-        axis = torch.arange(-int(steps), int(steps) + 1)
-        shifts = int((axis[:, None] ** 2 + axis**2 <= steps**2 + 0.001).sum())
+        shifts = _shifts(s.offset_range / s.offset_step)
         return max(72 * 8**s.healpix_order // len(self.operators), LOCAL_ORIENTATIONS) * shifts
+
+    def _lists_bytes(self) -> int:
+        """Bytes of the ramps of all coarse and fine translations, and of the poses before and after."""
+        s = self.options.sampling
+        shifts = _shifts(max(s.offset_range / s.offset_step, schedule.MOST_STEPS)) * (1 + 4**s.oversampling)
+        pixels = sum(FourierPixels.of(o.box, self.device).count(o.box) for o in set(self.optics))
+        return shifts * pixels * self.dtype.to_complex().itemsize + len(self.particles) * 8 * (FOUND + 6)
 
     def _largest_table(self) -> int:
         """Complex values in all coarse slices of a global search, at the finest grid there will be one."""
@@ -431,3 +440,8 @@ class Refiner:
         if self.output is not None and self.world.rank == 0:
             self.output.write(self.state, self.grid, self.joined)
 
+
+def _shifts(steps: float) -> int:
+    """How many translations are within so many steps."""
+    axis = torch.arange(-int(steps), int(steps) + 1)
+    return int((axis[:, None] ** 2 + axis**2 <= steps**2 + 0.001).sum())

@@ -21,6 +21,8 @@ MINIMUM_RESOLUTION_SHELL = 5
 # -log 0.01: the difference of two projections that tells one pose from another
 ACCURACY_THRESHOLD = 4.60517
 ACCURACY_PARTICLES = 100
+# of the translations' range
+MOST_STEPS = 4
 # pixels of all errors and particles that are tried at once
 TRIALS = {"cpu": 2**22, "cuda": 2**23}
 
@@ -122,10 +124,10 @@ def update_sampling(state: State, local_healpix_order: int) -> None:
     old_step, old_range = sampling.offset_step, sampling.offset_range
     step = min(1.5, 0.75 * state.accuracy_offsets) * 2**sampling.oversampling
     reach = max(min(5 * state.change_offsets, 1.3 * old_range), 1.5 * step)
-    if reach > 4 * step:
+    if reach > MOST_STEPS * step:
         reach /= 2
-    if reach > 4 * step:
-        step = reach / 4
+    if reach > MOST_STEPS * step:
+        step = reach / MOST_STEPS
     if step > old_step:
         step, reach = old_step, old_range
     state.sampling = Sampling(
@@ -215,7 +217,7 @@ def estimate_accuracy(
     angles, by_shell = first_error(_growing(angle_steps), turned)
     shift, _ = first_error(_growing(shift_steps), shifted)
     found = torch.cat((torch.stack((angles, shift * geometry.optics.pixel_size)), by_shell)).cpu()
-    return float(found[0]), float(found[1]), found[2:]
+    return float(found[0]), float(found[1]), found[2:].clone()
 
 
 def _growing(steps: tuple[tuple[float, float], ...]) -> list[float]:
