@@ -369,7 +369,7 @@ class Refiner:
         )  # fmt: skip
         # doubles hold every one of these numbers exactly
         found.index_copy_(0, indices, torch.cat(
-            (result.euler_matrix.flatten(1), result.offset_angst, *(values[:, None] for values in columns)), 1
+            (result.euler_matrix.flatten(1), result.offset_angst, *(values[:, None].double() for values in columns)), 1
         ))  # fmt: skip
 
     # maximization
