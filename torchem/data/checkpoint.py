@@ -1,5 +1,6 @@
 """Checkpoints: all that a run needs to go on, exactly; the same state gives the same bytes."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from torchem.data.files import replacing
 
 def write_checkpoint(path: Path, plain: dict[str, Any]) -> None:
     """Write a state taken apart into tensors, numbers, lists and dicts, and its ``generator``."""
-    # an open file: of a path the temporary name would stand in it
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(plain | {"generator": plain["generator"].get_state()}, file)
+    buffer = io.BytesIO()
+    torch.save(plain | {"generator": plain["generator"].get_state()}, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
