@@ -146,9 +146,7 @@ class Backprojection:
         return Voxels.of(self.r_max, self.padding, self.data.ndim, self.data.device)
 
     @staticmethod
-    def of(
-        sums: list[tuple[Tensor, Tensor]], operators: Tensor, padding: int, box: int
-    ) -> list["Backprojection"]:
+    def of(sums: list[tuple[Tensor, Tensor]], operators: Tensor, padding: int, box: int) -> list["Backprojection"]:
         """Finish what the E-step summed, data and weights, in place: conjugate mates, then copies by symmetry (3D)."""
         for data, weight in sums:
             make_hermitian(data, weight)
