@@ -9,6 +9,30 @@ import triton
 import triton.language as tl
 
 
+@triton.jit(do_not_specialize=("n_rings", "n_rows"))
+def reference_operand(
+    transform, operand, n_rings, n_rows, unit,
+    SIDES: tl.constexpr, ALL: tl.constexpr, WIDTH: tl.constexpr, FREQUENCIES: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """Write references `(m, n_rows, WIDTH)`, times the unit, as :func:`ring_sums` takes them.
+
+    Rows: reference, real or imaginary part of the sum, side; columns: real and imaginary parts of spectra, ring by
+    ring. transform: `(k, n_rings, 2, ALL)`. Program (elements of a frequency, frequencies).
+    """
+    element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    m = tl.program_id(1) * FREQUENCIES + tl.arange(0, FREQUENCIES)
+    row, column = element // WIDTH, element % WIDTH
+    side, part, ring = row % SIDES, row // SIDES % 2, column // 2
+    # a real sum takes real parts with real parts, an imaginary one with imaginary parts
+    own = column % 2 ^ part
+    place = ((row // (2 * SIDES)).to(tl.int64) * n_rings + ring) * (2 * ALL) + own * ALL
+    there = (row < n_rows) & (ring < n_rings)
+    value = tl.load(transform + place[None, :] + m[:, None], there[None, :], other=0.0)
+    value *= tl.where((own == 1) & (part != side), -unit, unit)[None, :]
+    to = operand + m.to(tl.int64)[:, None] * (n_rows * WIDTH) + element[None, :]
+    tl.store(to, value.to(operand.dtype.element_ty), (row < n_rows)[None, :])
+
+
 @triton.jit(do_not_specialize=("n_rows", "all_rows"))
 def ring_sums(
     references, spectra, first_row, ring_counts, products, n_rows, all_rows, n_total,
@@ -37,9 +61,9 @@ def ring_sums(
     tl.store(to, total.to(products.dtype.element_ty), (row < n_rows)[:, None] & there[None, :])
 
 
-@triton.jit(do_not_specialize=("n_rings", "n_pairs", "first_shift"))
+@triton.jit(do_not_specialize=("n_rings", "n_pairs", "first_shift", "n_images", "best_width"))
 def highest_angles(
-    products, waves, moments, shares, best, n_rings, n_pairs, first_shift, width, best_width, n_total, unit,
+    products, waves, moments, shares, best, n_rings, n_pairs, first_shift, width, n_images, best_width, n_total, unit,
     QUARTER: tl.constexpr, FREQUENCIES: tl.constexpr, ANGLES: tl.constexpr, COLUMNS: tl.constexpr,
     SIDES: tl.constexpr, PAIRS: tl.constexpr, ANGLE_BITS: tl.constexpr, RINGS: tl.constexpr,
 ):  # fmt: skip
@@ -57,8 +81,8 @@ def highest_angles(
         `(2, n_rings, n_total)` sums of p and p² of each ring, and the shares of the disc of their samples: values are
         divided by the standard deviation, and by the unit.
     best
-        `(n_pairs, best_width)` int64, at the first image of these columns: the value's bits in the order of integers,
-        then 16 bits of the shift's number and 16 of the angle's.
+        `(n_pairs, best_width)` int64, at the first image of these columns, of which n_images there are: the value's
+        bits in the order of integers, then 16 bits of the shift's number and 16 of the angle's.
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     image, shift = column % width, column // width + first_shift
@@ -108,7 +132,7 @@ def highest_angles(
         bits = (bits.to(tl.float32, bitcast=True) * factor).to(tl.int32, bitcast=True)
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         packed = (bits.to(tl.int64) << 32) | (shift.to(tl.int64) << 16) | number.to(tl.int64)
-        tl.atomic_max(best + pair * best_width.to(tl.int64) + image, packed, sem="relaxed")
+        tl.atomic_max(best + pair * best_width.to(tl.int64) + image, packed, image < n_images, sem="relaxed")
 
 
 @triton.jit

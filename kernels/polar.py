@@ -9,25 +9,27 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=("n_images",))
+@triton.jit(do_not_specialize=("start", "n_images"))
 def image_columns(
-    images, mean, scale, centres, columns, n_images, width, box, IMAGES: tl.constexpr, PIXELS: tl.constexpr
+    images, mean, variance, centres, columns, start, n_images, width, box, IMAGES: tl.constexpr, PIXELS: tl.constexpr
 ):  # fmt: skip
-    """Write `(L², width)` normalised pixels around the images' own whole-pixel centres `(n, 2)` int32; an edge goes on.
+    """Write `(L², width)` normalised pixels around whole-pixel centres `(n, 2)` float64; an image's edge goes on.
 
-    Program (pixels, images); 0 where there is no image.
+    Images from ``start``, 0 where there is none. Program (pixels, images).
     """
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    image = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
+    column = tl.program_id(1) * IMAGES + tl.arange(0, IMAGES)
+    image = start + column
     there = image < n_images
-    left = tl.load(centres + 2 * image, there, other=0)[:, None]
-    up = tl.load(centres + 2 * image + 1, there, other=0)[:, None]
+    left = tl.floor(tl.load(centres + 2 * image, there, other=0) + 0.5).to(tl.int32)[:, None]
+    up = tl.floor(tl.load(centres + 2 * image + 1, there, other=0) + 0.5).to(tl.int32)[:, None]
     x = tl.minimum(tl.maximum((pixel % box)[None, :] + left, 0), box - 1)
     y = tl.minimum(tl.maximum((pixel // box)[None, :] + up, 0), box - 1)
     inside = (pixel < box * box)[None, :]
     value = tl.load(images + image.to(tl.int64)[:, None] * (box * box) + y * box + x, there[:, None] & inside, other=0)
-    value = (value - tl.load(mean + image, there, other=0)[:, None]) * tl.load(scale + image, there, other=0)[:, None]
-    to = columns + pixel.to(tl.int64)[None, :] * width + image[:, None]
+    scale = tl.where(there, tl.rsqrt(tl.maximum(tl.load(variance + image, there, other=0), 1e-30)), 0.0)
+    value = (value - tl.load(mean + image, there, other=0)[:, None]) * scale[:, None]
+    to = columns + pixel.to(tl.int64)[None, :] * width + column[:, None]
     tl.store(to, value.to(columns.dtype.element_ty), inside)
 
 
@@ -65,7 +67,7 @@ def polar_spectra(
     Parameters
     ----------
     shifts
-        `(t, 2)` float32 x and y.
+        `(t, 2)` float64 x and y.
     circle
         `(2, QUARTER)` float32 cosine and sine of the angles of the first quarter.
     waves
@@ -87,8 +89,8 @@ def polar_spectra(
     kind = waves.dtype.element_ty
     size: tl.constexpr = QUARTER * QUARTER
     shift = tl.program_id(1)
-    x = tl.load(shifts + 2 * shift) + box // 2
-    y = tl.load(shifts + 2 * shift + 1) + box // 2
+    x = tl.load(shifts + 2 * shift).to(tl.float32) + box // 2
+    y = tl.load(shifts + 2 * shift + 1).to(tl.float32) + box // 2
     real_even = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
     real_odd = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
     imaginary_even = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
@@ -128,3 +130,83 @@ def polar_spectra(
         else:
             tl.store(to, real_odd.to(kind))
             tl.store(imaginary, imaginary_odd.to(kind))
+
+
+@triton.jit(do_not_specialize=("n_samples",))
+def reference_samples(
+    references, pixels, shares, weights, samples, moments, n_samples, box, SAMPLES: tl.constexpr
+):  # fmt: skip
+    """Sample references `(k, L, L)` on their rings, and average s and (s - mean)².
+
+    Program (reference).
+
+    Parameters
+    ----------
+    pixels, shares
+        `(n_samples, 4)` int64 and float32: what a sample is interpolated from.
+    weights
+        `(n_samples,)` float64, of the averages, which add up to 1: so the variance loses no digits to a high mean.
+    samples, moments
+        `(k, n_samples)` float32, and `(k, 2)` float64 mean and variance.
+    """
+    reference = tl.program_id(0).to(tl.int64)
+    image = references + reference * box * box
+    total, squares = tl.zeros((SAMPLES,), tl.float64), tl.zeros((SAMPLES,), tl.float64)
+    for start in range(0, n_samples, SAMPLES):
+        sample = start + tl.arange(0, SAMPLES)
+        there = sample < n_samples
+        value = tl.zeros((SAMPLES,), tl.float32)
+        for corner in tl.static_range(4):
+            pixel = tl.load(image + tl.load(pixels + 4 * sample + corner, there, other=0), there, other=0.0)
+            value += pixel * tl.load(shares + 4 * sample + corner, there, other=0.0)
+        tl.store(samples + reference * n_samples + sample, value, there)
+        value = value.to(tl.float64)
+        weighted = value * tl.load(weights + sample, there, other=0.0)
+        total += weighted
+        squares += weighted * value
+    mean = tl.sum(total, 0)
+    tl.store(moments + 2 * reference, mean)
+    tl.store(moments + 2 * reference + 1, tl.sum(squares, 0) - mean * mean)
+
+
+@triton.jit(do_not_specialize=("n_references", "n_rings", "n_samples"))
+def reference_transform(
+    samples, moments, rows, weights, waves, both, n_references, n_rings, n_samples,
+    ANGLES: tl.constexpr, REFERENCES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Normalise, weigh and transform one ring of some references; an empty reference stays empty.
+
+    Program (columns of waves, ring, references).
+
+    Parameters
+    ----------
+    samples, moments, weights
+        of :func:`reference_samples`.
+    rows
+        `(n_rings, 4)` int32: the ring's first sample, how far apart they lie, their number, the first row of its waves.
+    waves
+        `(…, 2·ANGLES)`: what takes samples of a ring to its transform, real and imaginary parts, and to its profile.
+    both
+        `(2, k, n_rings, ANGLES)`: transforms, and profiles.
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    ring = tl.program_id(1)
+    reference = (tl.program_id(2) * REFERENCES + tl.arange(0, REFERENCES)).to(tl.int64)
+    there = reference < n_references
+    first, apart = tl.load(rows + 4 * ring), tl.load(rows + 4 * ring + 1)
+    length, wave = tl.load(rows + 4 * ring + 2), tl.load(rows + 4 * ring + 3)
+    mean = tl.load(moments + 2 * reference, there, other=0.0)
+    variance = tl.load(moments + 2 * reference + 1, there, other=0.0)
+    positive = variance > 0
+    factor = tl.where(positive, tl.load(weights + first) / tl.sqrt(tl.where(positive, variance, 1.0)), 0.0)
+    result = tl.zeros((REFERENCES, COLUMNS), tl.float32)
+    for start in range(0, length, DEPTH):
+        i = start + tl.arange(0, DEPTH)
+        at = samples + (reference * n_samples + first)[:, None] + (i * apart)[None, :]
+        value = tl.load(at, there[:, None], other=0.0)
+        value = ((value.to(tl.float64) - mean[:, None]) * factor[:, None]).to(tl.float32)
+        own = tl.load(waves + (wave + i)[:, None] * (2 * ANGLES) + column[None, :])
+        result = tl.dot(value, own, result, input_precision="ieee")
+    half = tl.program_id(0) * COLUMNS // ANGLES
+    to = both + ((half * n_references.to(tl.int64) + reference) * n_rings + ring)[:, None] * ANGLES
+    tl.store(to + (column % ANGLES)[None, :], result, there[:, None])

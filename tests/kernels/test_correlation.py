@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchem.ops import correlation
 from torchem.ops.correlation import (
+    References,
     Shifts,
     Tables,
     align,
@@ -15,9 +16,9 @@ from torchem.ops.correlation import (
     best_by_kernels,
     best_scores,
     correlation_table,
-    half_references,
     peaks_by_kernel,
-    prepare_references,
+    polar_references,
+    polar_references_by_kernels,
     refine_peaks,
 )
 from torchem.ops.polar import Rings
@@ -68,11 +69,11 @@ def test_best_angles(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
     references, images = problem(box, n, k)
     rings, table = Rings(box, first, last), SHIFTS.table().to(DEVICE)
     centres = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, -1.0]], dtype=torch.float64, device=DEVICE)[:n]
-    exact = correlation_table(images, centres[:, None] + table, prepare_references(references, rings, mirror))
+    exact = correlation_table(images, centres[:, None] + table, References(references, rings, mirror))
     exact = exact.permute(0, 3, 2, 1, 4).flatten(1, 2)  # (n, k·sides, t, a)
     expected = exact.amax((2, 3))
 
-    ready = prepare_references(references.float(), rings, mirror)
+    ready = References(references.float(), rings, mirror)
     values, shifts, angles = unpacked(best_by_kernels(images.float(), centres, ready, SHIFTS, statistics(images)).T)
     assert values.shape == expected.shape
     assert float((values - expected).abs().max()) < 5e-4
@@ -86,14 +87,41 @@ def test_alignment(case: tuple[int, tuple[int, int], int, int, bool]) -> None:
     box, (first, last), n, k, mirror = case
     references, images = problem(box, n, k)
     rings, centres = Rings(box, first, last), torch.zeros((n, 2), dtype=torch.float64, device=DEVICE)
-    expected = align(images, centres, prepare_references(references, rings, mirror), SHIFTS)
-    found = align_by_kernels(images.float(), centres, prepare_references(references.float(), rings, mirror), SHIFTS)
+    expected = align(images, centres, References(references, rings, mirror), SHIFTS)
+    found = align_by_kernels(images.float(), centres, References(references.float(), rings, mirror), SHIFTS)
     assert found.reference.tolist() == expected.reference.tolist()
     assert found.mirror.tolist() == expected.mirror.tolist()
     assert torch.allclose(found.peak, expected.peak, rtol=1e-5)
     assert torch.allclose(found.offset, expected.offset, atol=1e-3)
     turn = torch.remainder(found.angle - expected.angle + math.pi, 2 * math.pi) - math.pi
     assert float(turn.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("level, tolerance", [(0.0, 1e-5), (1000.0, 1e-3)])
+@pytest.mark.parametrize("box, first, last, k", [(20, 1, 7, 17), (33, 2, 14, 5), (90, 40, 42, 1)])
+def test_polar_references(box: int, first: int, last: int, k: int, level: float, tolerance: float) -> None:
+    """Also of references at a level of a thousand deviations, and of an empty one."""
+    references, rings = problem(box, k, k)[1].float(), Rings(box, first, last)
+    references += level * references.std((1, 2), keepdim=True)
+    references[1:2] = 0
+    expected = polar_references(references.double(), rings)
+    for found, exact in zip(polar_references_by_kernels(references, rings), expected, strict=True):
+        assert found.shape == exact.shape
+        assert float((found - exact).abs().max()) < tolerance * float(exact.abs().max())
+        assert not found[1:2].any()
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_operand(mirror: bool) -> None:
+    """Columns P of real and imaginary parts give Σ ε μ/n P Q*, and mirrored Σ ε μ/n P Q."""
+    references, _ = problem(33, 1, 3)
+    ready = References(references.float(), Rings(33, 2, 14), mirror)
+    spectra = torch.randn((2, ready.width // 2), generator=torch.Generator().manual_seed(1)).double().to(DEVICE)
+    q = torch.complex(*ready.transform.double().unbind(2))[..., : ready.n_frequencies]  # (k, rings, m)
+    p = torch.complex(*spectra)[: q.shape[1], None]
+    exact = torch.stack([(p * side).sum(1).mT for side in (q.conj(), q)[: ready.sides]], 2)  # (m, k, sides)
+    found = (ready.operand.double() @ spectra.T.flatten() / correlation.UNIT).unflatten(1, (3, 2, ready.sides))
+    assert float((found - torch.stack([exact.real, exact.imag], 2)).abs().max()) < 1e-3 * float(exact.abs().max())
 
 
 def packed(value: float, shift: int, angle: int) -> int:
@@ -104,7 +132,7 @@ def packed(value: float, shift: int, angle: int) -> int:
 def test_candidates(below: float, taken: int) -> None:
     """Of those within the margin the best is taken and refined, as the reference does it; others are not looked at."""
     references, images = problem(20, 2, 2)
-    rings, exact = Rings(20, 1, 7), prepare_references(references, Rings(20, 1, 7))
+    rings, exact = Rings(20, 1, 7), References(references, Rings(20, 1, 7))
     start = torch.zeros((2, 2), dtype=torch.float64, device=DEVICE)
     right, at = align(images, start, exact, SHIFTS), start + SHIFTS.table().to(DEVICE)[2]
     table = correlation_table(images, at[:, None], exact)
@@ -115,7 +143,7 @@ def test_candidates(below: float, taken: int) -> None:
     ], device=DEVICE)  # fmt: skip
     own = 2 * right.reference + right.mirror.long()
     which = torch.stack([3 - own, own])
-    ready = prepare_references(references.float(), rings)
+    ready = References(references.float(), rings)
     found = peaks_by_kernel(images.float(), statistics(images)[1], start, ready, SHIFTS, best, which)
     assert (2 * found.reference + found.mirror.long()).tolist() == which[taken].tolist()
     if taken:
@@ -127,7 +155,7 @@ def test_candidates(below: float, taken: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nothing_waits_for_the_device() -> None:
     references, images = problem(33, 5, 3)
-    ready = prepare_references(references.float(), Rings(33, 2, 14))
+    ready = References(references.float(), Rings(33, 2, 14))
     centres = torch.zeros((5, 2), dtype=torch.float64, device=DEVICE)
     align(images.float(), centres, ready, SHIFTS)  # compiles, fills caches
     torch.cuda.set_sync_debug_mode("error")
@@ -144,12 +172,12 @@ def test_frequencies_that_references_have() -> None:
     smooth = torch.nn.functional.avg_pool2d(references, 9, 1, 4)
     noisy = references + torch.randn((3, 90, 90), device=DEVICE)
     for images, expected in ((smooth, 64), (noisy, 128)):
-        assert half_references(prepare_references(images.float(), rings)).n_frequencies == expected
+        assert References(images.float(), rings).n_frequencies == expected
     noise = torch.randn((2, 90, 90), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    ready, centres = prepare_references(smooth, rings), torch.zeros((2, 2), dtype=torch.float64, device=DEVICE)
+    ready, centres = References(smooth, rings), torch.zeros((2, 2), dtype=torch.float64, device=DEVICE)
     exact = correlation_table(noise.double(), centres[:, None], ready).flatten(1, 3).amax(-1)  # (n, sides·k)
     best = best_by_kernels(
-        noise, centres, prepare_references(smooth.float(), rings), Shifts(0, 0, 1), statistics(noise)
+        noise, centres, References(smooth.float(), rings), Shifts(0, 0, 1), statistics(noise)
     )  # fmt: skip
     found = unpacked(best.T)[0].unflatten(1, (3, 2)).mT.flatten(1)
     assert float((found - exact).abs().max()) < 5e-4
@@ -168,7 +196,7 @@ def test_frequencies_that_references_have() -> None:
 def test_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is held at once, the same is found."""
     references, images = problem(20, 70, 3)
-    ready = prepare_references(references.float(), Rings(20, 1, 7))
+    ready = References(references.float(), Rings(20, 1, 7))
     centres = torch.zeros((70, 2), dtype=torch.float64, device=DEVICE)
     expected = best_by_kernels(images.float(), centres, ready, SHIFTS, statistics(images))
     monkeypatch.setattr(correlation, "CHUNK_BYTES", 1)
@@ -183,7 +211,7 @@ def test_scores_of_the_matrix_products() -> None:
     """On a CPU in blocks, by sparse resampling: the same as the table."""
     references, images = problem(33, 5, 3)
     rings, table = Rings(33, 2, 14), SHIFTS.table()
-    ready = prepare_references(references.cpu(), rings)
+    ready = References(references.cpu(), rings)
     exact = correlation_table(images.cpu(), table.expand(5, -1, -1), ready)
     found = best_scores(images.cpu(), torch.zeros(5, 2), ready, SHIFTS)
     assert torch.allclose(found, exact.amax(-1), rtol=1e-10)

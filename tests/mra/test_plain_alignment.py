@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.mra.plain_alignment import Alignment as Plain
-from torchem.ops.correlation import Shifts, align, best_scores, correlation_table, prepare_references
+from torchem.ops.correlation import References, Shifts, align, best_scores, correlation_table
 from torchem.ops.polar import Rings
 
 FIRST, LAST = 2, 6
@@ -37,7 +37,7 @@ def test_table_and_peaks(box: int) -> None:
     centres = torch.zeros(len(x), 2)
     every = SHIFTS.table().expand(len(x), -1, -1)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
-        ready = prepare_references(torch.tensor(references, dtype=dtype), rings)
+        ready = References(torch.tensor(references, dtype=dtype), rings)
         table = correlation_table(x.to(dtype), every, ready).double().numpy()
         np.testing.assert_allclose(table, expected, rtol=0, atol=tolerance * np.abs(expected).max())
         scores = best_scores(x.to(dtype), centres, ready, SHIFTS).double().numpy()
@@ -59,8 +59,8 @@ def test_table_and_peaks(box: int) -> None:
 
 def test_straight_only() -> None:
     references, images = problem(18)
-    ready = prepare_references(torch.tensor(references), Rings(18, FIRST, LAST), mirror=False)
-    both = prepare_references(torch.tensor(references), Rings(18, FIRST, LAST))
+    ready = References(torch.tensor(references), Rings(18, FIRST, LAST), mirror=False)
+    both = References(torch.tensor(references), Rings(18, FIRST, LAST))
     x, centres = torch.tensor(images), torch.zeros(len(images), 2)
     straight = best_scores(x, centres, ready, SHIFTS)
     assert torch.allclose(straight, best_scores(x, centres, both, SHIFTS)[:, :, :1], rtol=1e-12)
@@ -70,14 +70,14 @@ def test_straight_only() -> None:
 def test_without_shifts() -> None:
     """An axis that is not searched keeps its place, and does not disturb the others."""
     references, images = problem(18)
-    ready = prepare_references(torch.tensor(references), Rings(18, FIRST, LAST))
+    ready = References(torch.tensor(references), Rings(18, FIRST, LAST))
     found = align(torch.tensor(images), torch.zeros(len(images), 2), ready, Shifts(1, 0, 1))
     assert (found.offset[:, 1] == 0).all() and (found.offset[:, 0] != 0).any()
 
 
 def test_whole_pixel_centres_are_shifts() -> None:
     references, images = problem(19)
-    ready = prepare_references(torch.tensor(references), Rings(19, FIRST, LAST))
+    ready = References(torch.tensor(references), Rings(19, FIRST, LAST))
     x = torch.tensor(images)
     near = align(x, torch.zeros(len(x), 2), ready, Shifts(1, 1, 1))
     around = align(x, torch.tensor([[1.0, 0.0]]).expand(len(x), 2), ready, Shifts(1, 1, 1))

@@ -16,7 +16,7 @@ from torchem.benchmarks.measure import (
     seconds_with_host,
 )
 from torchem.errors import InputError
-from torchem.ops.correlation import Alignment, Shifts, align, prepare_references
+from torchem.ops.correlation import Alignment, References, Shifts, align
 from torchem.ops.polar import Rings
 
 SIZES = {"cuda": (10_000, 90, 1, 1), "cpu": (512, 90, 1, 1)}
@@ -39,7 +39,7 @@ def rows(case: Case) -> Iterator[dict]:
         peak = peak_mb(one_pass, images, centres, references, rings, shifts)
         time = seconds_with_host(one_pass, images, centres, references, rings, shifts, repeats=case.repeats)
         gpu = DEVICE.type == "cuda"
-        kept = prepare_references(references, rings).half.n_frequencies if gpu else rings.n_angles // 2
+        kept = References(references, rings).n_frequencies if gpu else rings.n_angles // 2
         floor = floor_seconds(len(images), count, rings, shifts, kept)
         yield {
             "operation": operation, "precision": "single", "n_particles": case.n_particles, "box": case.box,
@@ -52,7 +52,7 @@ def rows(case: Case) -> Iterator[dict]:
 
 def one_pass(images: Tensor, centres: Tensor, references: Tensor, rings: Rings, shifts: Shifts) -> Alignment:
     """All that is done to images in an iteration before they are averaged."""
-    return align(images, centres, prepare_references(references, rings), shifts)
+    return align(images, centres, References(references, rings), shifts)
 
 
 def check_parity() -> None:
@@ -60,7 +60,7 @@ def check_parity() -> None:
     rings, shifts = Rings(48, 1, 20), Shifts(1, 1, 1)
     references, images = problem(24, 5, 48)
     centres = torch.zeros((len(images), 2), dtype=torch.float64)
-    expected = align(images.double(), centres, prepare_references(references.double(), rings), shifts)
+    expected = align(images.double(), centres, References(references.double(), rings), shifts)
     found = one_pass(images.to(DEVICE), centres.to(DEVICE), references.to(DEVICE), rings, shifts)
     require_parity("align: peaks", largest_difference(found.peak, expected.peak), 1e-5)
     require_parity("align: references", float((found.reference.cpu() != expected.reference).sum()), 0)

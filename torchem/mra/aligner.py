@@ -36,7 +36,7 @@ from torchem.mra.images import Batches
 from torchem.mra.options import AlignOptions
 from torchem.mra.output import Output, load_checkpoint
 from torchem.mra.state import Iteration, State
-from torchem.ops.correlation import Alignment, Shifts, align, prepare_references
+from torchem.ops.correlation import Alignment, References, Shifts, align
 from torchem.runtime.distributed import World, device_named
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class _Aligner(ABC):
     def _pass(self, shifts: Shifts) -> tuple[Alignment, ClassSums]:
         """Align every image to the references around where it was, and add it to the sums of its class."""
         state = self.state
-        references = prepare_references(state.references, self.rings, self.options.mirror)
+        references = References(state.references, self.rings, self.options.mirror)
         sums = ClassSums(references.count, self.images.box, self.device)
         centres = self._centres(shifts)
         found: list[Alignment] = []

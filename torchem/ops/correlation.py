@@ -70,26 +70,45 @@ class Shifts:
 
 @dataclass(frozen=True)
 class References:
-    """Polar references made ready for :func:`align`.
+    """References for :func:`align`; what compares them with images is made when first asked for.
 
     Attributes
     ----------
-    transform
-        `(k, rings, 2, a/2)`: real and imaginary parts of ε μ/n Q; 0 where a ring has no such frequency.
-    profiles
-        `(k, rings, a)`: μ q at the angles by which samples and turned references can differ: multiples of the step
-        between angles for the longest rings, of which shorter ones lie half a step off.
+    images
+        `(k, L, L)`.
+    mirror
+        whether they are compared mirrored, too.
     """
 
+    images: Tensor
     rings: Rings
-    count: int
-    mirror: bool
-    transform: Tensor
-    profiles: Tensor
+    mirror: bool = True
+
+    @property
+    def count(self) -> int:
+        return len(self.images)
 
     @property
     def sides(self) -> int:
         return 2 if self.mirror else 1
+
+    @functools.cached_property
+    def polar(self) -> tuple[Tensor, Tensor]:
+        """:func:`polar_references`."""
+        return polar_references(self.images, self.rings)
+
+    @property
+    def transform(self) -> Tensor:
+        """`(k, rings, 2, a/2)`: real and imaginary parts of ε μ/n Q; 0 where a ring has no such frequency."""
+        return self.polar[0]
+
+    @property
+    def profiles(self) -> Tensor:
+        """`(k, rings, a)`: μ q at the angles by which samples and turned references can differ.
+
+        Multiples of the step between angles for the longest rings, of which shorter ones lie half a step off.
+        """
+        return self.polar[1]
 
     @functools.cached_property
     def spectra(self) -> list[Tensor]:
@@ -109,9 +128,38 @@ class References:
         return spectra
 
     @functools.cached_property
-    def half(self) -> HalfReferences:
-        """What the kernels' search takes; made when first asked for, which waits for the device."""
-        return half_references(self)
+    def n_frequencies(self) -> int:
+        """How many frequencies the kernels' search looks at, a power of two; waits for the device.
+
+        Others are left out if the error of a coefficient with an image of white noise stays below FREQUENCY_ERROR:
+        for a share f of the reference's energy, and N pixels within the last ring, it is √(f/N) rms.
+        """
+        counts, energies = _frequency_tables(self.rings, self.images.dtype, self.images.device)
+        beyond = (self.transform.flatten(1).square() @ energies).amax(0).tolist()
+        allowed = FREQUENCY_ERROR**2 * math.pi * self.rings.last**2
+        return next(count for count, rest in zip(counts, beyond, strict=True) if not rest > allowed)
+
+    @property
+    def width(self) -> int:
+        """Real and imaginary parts of all rings, in whole steps of the kernels' sums."""
+        return -(-2 * len(self.rings.radii) // RINGS_DEPTH) * RINGS_DEPTH
+
+    @functools.cached_property
+    def operand(self) -> Tensor:
+        """`(m, 2·sides·k, width)` float16, by a kernel: UNIT times what takes a frequency's spectra to sums over rings.
+
+        Columns: real and imaginary parts, ring by ring, 0 beyond the frequency's rings; rows: reference, real or
+        imaginary part of the sum, side.
+        """
+        from torchem.kernels import correlation as kernels
+
+        shape = self.n_frequencies, 2 * self.sides * self.count, self.width
+        operand = torch.empty(shape, dtype=torch.float16, device=self.images.device)
+        kernels.reference_operand[(-(-shape[1] * shape[2] // 128), shape[0] // 32)](
+            self.transform.contiguous(), operand, len(self.rings.radii), shape[1], UNIT, SIDES=self.sides,
+            ALL=self.rings.n_angles // 2, WIDTH=self.width, FREQUENCIES=32, ELEMENTS=128,
+        )  # fmt: skip
+        return operand
 
 
 @dataclass
@@ -143,8 +191,13 @@ class Alignment:
         return -torch.stack([c * x + s * y, c * y - s * x], -1)
 
 
-def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) -> References:
-    """Sample, normalise and transform references `(k, L, L)`, to be compared straight and, if so, mirrored."""
+def polar_references(references: Tensor, rings: Rings) -> tuple[Tensor, Tensor]:
+    """Sample, normalise and transform references `(k, L, L)`: ``transform`` and ``profiles`` of :class:`References`.
+
+    Float32 on a GPU goes through the Triton kernels.
+    """
+    if references.is_cuda and references.dtype == torch.float32:
+        return polar_references_by_kernels(references, rings)
     k, n_angles = len(references), rings.n_angles
     pixels, shares = centred(rings, references.dtype, references.device)
     weights = _weights(rings, references.dtype, references.device)
@@ -154,14 +207,12 @@ def prepare_references(references: Tensor, rings: Rings, mirror: bool = True) ->
     # an empty reference stays empty, and correlates with nothing
     samples = samples * weights * torch.where(power > 0, power, 1.0).rsqrt()[:, None]
     both = samples.new_empty((k, len(rings.radii), 2 * n_angles))
-    row = 0
-    for (n, start, count), waves in zip(
-        rings.groups, _reference_waves(rings, samples.dtype, samples.device), strict=True
-    ):
+    all_waves, row = _reference_waves(rings, samples.dtype, samples.device), 0
+    for (n, start, count), waves in zip(rings.groups, all_waves.split([n for n, _, _ in rings.groups]), strict=True):
         group = samples[:, row : row + n * count].unflatten(1, (n, count)).mT
         torch.bmm(group, waves.expand(k, -1, -1), out=both[:, start : start + count])
         row += n * count
-    return References(rings, k, mirror, both[..., :n_angles].unflatten(2, (2, -1)), both[..., n_angles:].contiguous())
+    return both[..., :n_angles].unflatten(2, (2, -1)), both[..., n_angles:].contiguous()
 
 
 def correlation_table(images: Tensor, centres: Tensor, references: References) -> Tensor:
@@ -334,14 +385,8 @@ def _weights(rings: Rings, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _ring_weights(rings: Rings, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`(rings,)`: the share of a sample over the samples of its ring."""
-    return (rings.weights() / torch.tensor(rings.lengths)).to(device, dtype)
-
-
-@functools.lru_cache(maxsize=16)
-def _reference_waves(rings: Rings, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """For each length of rings `(n, 2·a)`: what takes samples, weighted, to ``transform`` and ``profiles``."""
+def _reference_waves(rings: Rings, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`(n, 2·a)` of each length of rings, one below another: what takes weighted samples to transform and profiles."""
     result = []
     for n, _, _ in rings.groups:
         first = (torch.arange(n // 4, dtype=torch.float64) + 0.5) * (2 * math.pi / n)
@@ -354,8 +399,8 @@ def _reference_waves(rings: Rings, dtype: torch.dtype, device: torch.device) -> 
         profile = real @ turn.cos() - imaginary @ turn.sin()
         beyond = (0, rings.n_angles // 2 - n // 2)
         parts = [torch.nn.functional.pad(part, beyond) for part in (real, imaginary)]
-        result.append(torch.cat([*parts, profile], 1).to(device, dtype))
-    return result
+        result.append(torch.cat([*parts, profile], 1))
+    return torch.cat(result).to(device, dtype)
 
 
 def _products(spectra: Tensor, references: References) -> Tensor:
@@ -451,54 +496,44 @@ def _places(rings: Rings, device: torch.device) -> tuple[Tensor, Tensor]:
 # on a GPU
 
 
-@dataclass(frozen=True)
-class HalfReferences:
-    """What the kernels compare images with.
+def polar_references_by_kernels(references: Tensor, rings: Rings) -> tuple[Tensor, Tensor]:
+    """:func:`polar_references` in float32 by the Triton kernels; moments in double precision."""
+    from torchem.kernels import polar as kernels
 
-    Attributes
-    ----------
-    operand
-        `(m, 2·sides·k, 2·rings)` float16: for each frequency what takes its spectra, real and imaginary parts ring by
-        ring, to sums over rings; rows: reference, real or imaginary part of the sum, side; 0 beyond the frequency's
-        rings.
-    n_frequencies
-        that are looked at, a power of two.
-    """
-
-    operand: Tensor
-    n_frequencies: int
-
-
-def half_references(references: References) -> HalfReferences:
-    """Half precision, and no more frequencies than the references have.
-
-    Frequencies are left out if the error of a coefficient with an image of white noise stays below FREQUENCY_ERROR:
-    for a share f of the reference's energy, and N pixels within the last ring, it is √(f/N) rms. Waits for the device.
-    """
-    rings, values = references.rings, references.transform
-    counts, tails, inverse = _frequency_tables(rings, values.dtype, values.device)
-    energy = (values.square() * inverse).sum((1, 2))  # (k, a/2)
-    allowed = FREQUENCY_ERROR**2 * math.pi * rings.last**2
-    beyond = (energy @ tails).amax(0).tolist()
-    count = next(count for count, rest in zip(counts, beyond, strict=True) if not rest > allowed)
-    real, imaginary = (values[..., :count] * UNIT).half().unbind(2)  # (k, rings, m)
-    # rows of real and imaginary, straight and mirrored results; columns that real and imaginary parts meet
-    terms = torch.stack([real, imaginary, real, -imaginary, -imaginary, real, imaginary, real])
-    terms = terms.unflatten(0, (2, 2, 2))[:, : references.sides].permute(5, 3, 0, 1, 4, 2).flatten(1, 3).flatten(2)
-    width = -(-2 * len(rings.radii) // RINGS_DEPTH) * RINGS_DEPTH
-    operand = terms.new_zeros((*terms.shape[:2], width))
-    operand[..., : terms.shape[2]] = terms
-    return HalfReferences(operand, count)
+    device, k, n_rings, n_angles = references.device, len(references), len(rings.radii), rings.n_angles
+    weights = _weights(rings, torch.float64, device)
+    samples = torch.empty((k, rings.n_samples), dtype=torch.float32, device=device)
+    moments = torch.empty((k, 2), dtype=torch.float64, device=device)
+    both = torch.empty((2, k, n_rings, n_angles), dtype=torch.float32, device=device)
+    kernels.reference_samples[(k,)](
+        references.contiguous(), *centred(rings, torch.float32, device), weights, samples, moments, rings.n_samples,
+        rings.box, SAMPLES=1024, num_warps=8,
+    )  # fmt: skip
+    kernels.reference_transform[(2 * n_angles // 64, n_rings, -(-k // 16))](
+        samples, moments, _ring_table(rings, device), weights, _reference_waves(rings, torch.float32, device), both,
+        k, n_rings, rings.n_samples, ANGLES=n_angles, REFERENCES=16, COLUMNS=64, DEPTH=32, num_warps=1,
+    )  # fmt: skip
+    return both[0].unflatten(2, (2, -1)), both[1]
 
 
 @functools.lru_cache(maxsize=16)
-def _frequency_tables(rings: Rings, dtype: torch.dtype, device: torch.device) -> tuple[list[int], Tensor, Tensor]:
-    """Numbers of frequencies to choose from, `(a/2, counts)` 1 for those beyond, and what takes |Q|² to energy."""
+def _ring_table(rings: Rings, device: torch.device) -> Tensor:
+    """`(rings, 4)` int32: its first sample, how far apart its samples lie, their number, the first row of its waves."""
+    rows, sample, wave = [], 0, 0
+    for n, _, count in rings.groups:
+        rows += [(sample + ring, count, n, wave) for ring in range(count)]
+        sample, wave = sample + n * count, wave + n
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def _frequency_tables(rings: Rings, dtype: torch.dtype, device: torch.device) -> tuple[list[int], Tensor]:
+    """Numbers of frequencies to choose from, and what takes |transform|² to the energy beyond: `(rings·a, counts)`."""
     most = rings.n_angles // 2
     counts = [SHORTEST // 2 << i for i in range((most // (SHORTEST // 2)).bit_length())]
-    tails = torch.arange(most)[:, None] >= torch.tensor(counts)
-    inverse = 0.5 / _ring_weights(rings, dtype, device)[:, None, None]
-    return counts, tails.to(device, dtype), inverse
+    beyond = torch.arange(most)[:, None] >= torch.tensor(counts)
+    inverse = 0.5 * torch.tensor(rings.lengths) / rings.weights()
+    return counts, (inverse[:, None, None, None] * beyond.expand(2, -1, -1)).flatten(0, 2).to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -560,7 +595,7 @@ class Tables:
 def align_by_kernels(images: Tensor, centres: Tensor, references: References, shifts: Shifts) -> Alignment:
     """:func:`align` by the Triton kernels: a search in half precision, the best few compared and refined in float32.
 
-    Nothing here waits for the device once the references are ready.
+    Nothing here waits for the device once the references are ready, which they are made while it is busy with images.
     """
     centres, statistics = centres.double(), torch.var_mean(images, (1, 2))
     best = best_by_kernels(images, centres, references, shifts, statistics)
@@ -586,33 +621,26 @@ def best_by_kernels(
     from torchem.kernels import polar as polar_kernels
 
     rings, device, sides = references.rings, images.device, references.sides
-    images = images.contiguous()
-    half = references.half
-    tables, table = Tables.of(rings, half.n_frequencies, device), _shift_table(shifts, device).float()
-    n, t, quarter, box = len(images), len(table), rings.n_angles // 4, rings.box
-    all_rows, depth = half.operand.shape[1:]
-    pairs = all_rows // 2
-    variance, mean = statistics
-    scale = variance.clamp(min=1e-30).rsqrt()
-    whole = centres.round().int()
+    images, centres, (variance, mean) = images.contiguous(), centres.contiguous(), statistics
+    n, pairs, quarter, box = len(images), sides * references.count, rings.n_angles // 4, rings.box
+    best = torch.full((pairs, n), torch.iinfo(torch.int64).min, dtype=torch.int64, device=device)
+    n_frequencies, depth, table = references.n_frequencies, references.width, _shift_table(shifts, device)
+    tables, t = Tables.of(rings, n_frequencies, device), len(table)
 
     # images, shifts and pairs of reference and side whose spectra and sums are held at once
     pairs_at_once = min(pairs, sides * REFERENCES_AT_ONCE)
-    most = CHUNK_BYTES // (2 * (tables.n_rows + 2 * half.n_frequencies * pairs_at_once))
+    most = CHUNK_BYTES // (2 * (tables.n_rows + 2 * n_frequencies * pairs_at_once))
     width = max(IMAGES, min(-(-n // IMAGES), most // (t * IMAGES)) * IMAGES)
     t_at_once = max(1, min(t, most // width))
-    best = torch.full((pairs, -(-n // width) * width), torch.iinfo(torch.int64).min, dtype=torch.int64, device=device)
     columns = torch.empty((box * box, width), dtype=torch.float16, device=device)
     # the last frequency's rows are read together with rings that are not there
     all_spectra = torch.empty((tables.n_rows + depth, t_at_once * width), dtype=torch.float16, device=device)
     all_spectra[tables.n_rows :] = 0
     for start, first in itertools.product(range(0, n, width), range(0, t, t_at_once)):
         if first == 0:
-            part = slice(start, start + width)
             polar_kernels.image_columns[(-(-box * box // 64), width // 64)](
-                images[part], mean[part], scale[part], whole[part], columns, min(width, n - start), width, box,
-                IMAGES=64, PIXELS=64, num_warps=8,
-            )  # fmt: skip
+                images, mean, variance, centres, columns, start, n, width, box, IMAGES=64, PIXELS=64, num_warps=8
+            )
         few = table[first : first + t_at_once]
         n_total = len(few) * width
         spectra = all_spectra.flatten()[: len(all_spectra) * n_total].view(-1, n_total)
@@ -620,7 +648,7 @@ def best_by_kernels(
             spectra[tables.n_rows :] = 0
         moments = torch.empty((2, len(rings.radii), n_total), dtype=torch.float32, device=device)
         for length, ring, count in rings.groups:
-            frequencies = min(length, 2 * half.n_frequencies) // 4
+            frequencies = min(length, 2 * n_frequencies) // 4
             together, deep, warps = _spectra_launch(length, frequencies)
             polar_kernels.polar_spectra[(width // together, len(few), count)](
                 columns, few, tables.radii, tables.circles[length // 4], tables.waves[length // 4], tables.first_row,
@@ -629,21 +657,21 @@ def best_by_kernels(
             )  # fmt: skip
         for pair in range(0, pairs, pairs_at_once):
             here = min(pairs_at_once, pairs - pair)
-            products = torch.empty((half.n_frequencies, 2 * here, n_total), dtype=torch.float16, device=device)
+            products = torch.empty((n_frequencies, 2 * here, n_total), dtype=torch.float16, device=device)
             rows = min(SUM_ROWS, max(16, 1 << (2 * here - 1).bit_length()))
-            kernels.ring_sums[(-(-2 * here // rows), -(-n_total // SUM_COLUMNS), half.n_frequencies)](
-                half.operand[:, 2 * pair :], spectra, tables.first_row, tables.ring_counts, products, 2 * here,
-                all_rows, n_total, WIDTH=depth, ROWS=rows, COLUMNS=SUM_COLUMNS, DEPTH=RINGS_DEPTH,
+            kernels.ring_sums[(-(-2 * here // rows), -(-n_total // SUM_COLUMNS), n_frequencies)](
+                references.operand[:, 2 * pair :], spectra, tables.first_row, tables.ring_counts, products, 2 * here,
+                2 * pairs, n_total, WIDTH=depth, ROWS=rows, COLUMNS=SUM_COLUMNS, DEPTH=RINGS_DEPTH,
                 num_warps=SUM_WARPS, num_stages=SUM_STAGES,
             )  # fmt: skip
             kernels.highest_angles[(n_total // ANGLE_COLUMNS, -(-here // ANGLE_PAIRS))](
                 products, tables.back_waves, moments, tables.shares, best[pair:, start:], len(rings.radii), here, first,
-                width, best.shape[1], n_total, UNIT, QUARTER=quarter, FREQUENCIES=half.n_frequencies // 2,
+                width, n - start, n, n_total, UNIT, QUARTER=quarter, FREQUENCIES=n_frequencies // 2,
                 ANGLES=min(quarter, 64), COLUMNS=ANGLE_COLUMNS, SIDES=sides, PAIRS=ANGLE_PAIRS,
                 ANGLE_BITS=rings.n_angles.bit_length() - 1, RINGS=32, num_warps=ANGLE_WARPS,
-                num_stages=max(1, min(ANGLE_STAGES, 192 // half.n_frequencies)),
+                num_stages=max(1, min(ANGLE_STAGES, 192 // n_frequencies)),
             )  # fmt: skip
-    return best[:, :n]
+    return best
 
 
 def _spectra_launch(length: int, frequencies: int) -> tuple[int, int, int]:
