@@ -63,7 +63,8 @@ def ring_sums(
 
 @triton.jit(do_not_specialize=("n_rings", "n_pairs", "first_shift", "n_images", "best_width"))
 def highest_angles(
-    products, waves, moments, shares, best, n_rings, n_pairs, first_shift, width, n_images, best_width, n_total, unit,
+    products, waves, spectra, squares, shares, best, n_rings, n_pairs, first_shift, width, n_images, best_width,
+    n_total, unit,
     QUARTER: tl.constexpr, FREQUENCIES: tl.constexpr, ANGLES: tl.constexpr, COLUMNS: tl.constexpr,
     SIDES: tl.constexpr, PAIRS: tl.constexpr, ANGLE_BITS: tl.constexpr, RINGS: tl.constexpr,
 ):  # fmt: skip
@@ -77,9 +78,9 @@ def highest_angles(
         `(2·FREQUENCIES, 2·n_pairs, n_total)`; rows: reference, real or imaginary, side.
     waves
         `(2, 2, QUARTER, QUARTER)`: cosine or sine, parity, angle, frequency // 2.
-    moments, shares
-        `(2, n_rings, n_total)` sums of p and p² of each ring, and the shares of the disc of their samples: values are
-        divided by the standard deviation, and by the unit.
+    spectra, squares, shares
+        sums of p of each ring, every other row (the real parts of frequency 0), `(n_rings, n_total)` sums of p², and
+        the shares of the disc of their samples: values are divided by the standard deviation, and by the unit.
     best
         `(n_pairs, best_width)` int64, at the first image of these columns, of which n_images there are: the value's
         bits in the order of integers, then 16 bits of the shift's number and 16 of the angle's.
@@ -90,10 +91,9 @@ def highest_angles(
     for start in range(0, n_rings, RINGS):
         ring = start + tl.arange(0, RINGS)
         share = tl.load(shares + ring, ring < n_rings, other=0.0)[:, None]
-        its = moments + ring.to(tl.int64)[:, None] * n_total + column[None, :]
-        inside = (ring < n_rings)[:, None]
-        mean += tl.sum(share * tl.load(its, inside, other=0.0), 0)
-        square += tl.sum(share * tl.load(its + n_rings.to(tl.int64) * n_total, inside, other=0.0), 0)
+        its, inside = ring.to(tl.int64)[:, None] * n_total, (ring < n_rings)[:, None]
+        mean += tl.sum(share * tl.load(spectra + 2 * its + column[None, :], inside, other=0.0), 0)
+        square += tl.sum(share * tl.load(squares + its + column[None, :], inside, other=0.0), 0)
     spread = square - mean * mean
     factor = tl.where(spread > 0, tl.rsqrt(tl.maximum(spread, 1e-30)), 0.0) / unit
     size: tl.constexpr = QUARTER * QUARTER

@@ -41,25 +41,22 @@ def _samples(columns, x, y, image, width, box):
     left = tl.minimum(x.to(tl.int32), box - 2)
     top = tl.minimum(y.to(tl.int32), box - 2)
     kind = columns.dtype.element_ty
-    fx, fy = (x - left).to(kind)[:, None], (y - top).to(kind)[:, None]
+    fx, fy = x - left, y - top
     corner = columns + (top * box + left).to(tl.int64)[:, None] * width + image[None, :]
     below = box.to(tl.int64) * width
-    a = tl.load(corner)
-    b = tl.load(corner + width)
-    c = tl.load(corner + below)
-    d = tl.load(corner + below + width)
-    upper = a + fx * (b - a)
-    lower = c + fx * (d - c)
-    return upper + fy * (lower - upper)
+    # four shares, not three steps, whose halves compilers pair so that they are taken apart and put together again
+    value = tl.load(corner) * ((1 - fx) * (1 - fy)).to(kind)[:, None]
+    value += tl.load(corner + width) * (fx * (1 - fy)).to(kind)[:, None]
+    value += tl.load(corner + below) * ((1 - fx) * fy).to(kind)[:, None]
+    return value + tl.load(corner + below + width) * (fx * fy).to(kind)[:, None]
 
 
-@triton.jit(do_not_specialize=("start", "n_rings"))
+@triton.jit(do_not_specialize=("start",))
 def polar_spectra(
-    columns, shifts, radii, circle, waves, first_row, spectra, moments,
-    start, n_rings, width, n_total, box,
+    columns, shifts, radii, circle, waves, first_row, spectra, squares, start, width, n_total, box,
     QUARTER: tl.constexpr, FREQUENCIES: tl.constexpr, DEPTH: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
-    """Spectra of one ring of 4·QUARTER samples, of IMAGES images at one shift, and its sums of p and p².
+    """Spectra of one ring of 4·QUARTER samples, of IMAGES images at one shift, and its sums of p².
 
     Program (images, shift, ring of a group). Nothing is masked, so that loads are wide: images are padded to whole
     programs, DEPTH divides the quarter.
@@ -77,8 +74,8 @@ def polar_spectra(
     spectra
         `(rows, n_total)`, for each frequency real and imaginary parts ring by ring; a column an image and shift, shift
         by shift.
-    moments
-        `(2, n_rings, n_total)` float32.
+    squares
+        `(n_rings, n_total)` float32.
     start
         number of the group's first ring.
     """
@@ -95,8 +92,7 @@ def polar_spectra(
     real_odd = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
     imaginary_even = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
     imaginary_odd = tl.zeros((FREQUENCIES, IMAGES), tl.float32)
-    total = tl.zeros((IMAGES,), tl.float32)
-    squares = tl.zeros((IMAGES,), tl.float32)
+    power = tl.zeros((DEPTH, IMAGES), tl.float32)
     for begin in tl.static_range(0, QUARTER, DEPTH):
         angle = begin + tl.arange(0, DEPTH)
         c = radius * tl.load(circle + angle)
@@ -106,9 +102,8 @@ def polar_spectra(
         p1 = _samples(columns, x - c, y + s, image, width, box)
         p2 = _samples(columns, x - c, y - s, image, width, box)
         p3 = _samples(columns, x + c, y - s, image, width, box)
-        total += tl.sum((p0 + p3).to(tl.float32) + (p1 + p2).to(tl.float32), 0)
         s0, s1, s2, s3 = p0.to(tl.float32), p1.to(tl.float32), p2.to(tl.float32), p3.to(tl.float32)
-        squares += tl.sum(s0 * s0 + s1 * s1 + s2 * s2 + s3 * s3, 0)
+        power += s0 * s0 + s1 * s1 + s2 * s2 + s3 * s3
         near, far = p0 + p3, p1 + p2
         below, beyond = p3 - p0, p1 - p2
         wave = waves + frequency[:, None] * QUARTER + angle[None, :]
@@ -118,8 +113,7 @@ def polar_spectra(
         imaginary_even = tl.dot(tl.load(wave + 2 * size), (below + beyond).to(kind), imaginary_even)
         imaginary_odd = tl.dot(tl.load(wave + 3 * size), (below - beyond).to(kind), imaginary_odd)
     column = shift.to(tl.int64) * width + image
-    tl.store(moments + ring.to(tl.int64) * n_total + column, total)
-    tl.store(moments + (n_rings + ring).to(tl.int64) * n_total + column, squares)
+    tl.store(squares + ring.to(tl.int64) * n_total + column, tl.sum(power, 0))
     for parity in tl.static_range(2):
         row = tl.load(first_row + 2 * frequency + parity) + 2 * ring
         to = spectra + row.to(tl.int64)[:, None] * n_total + column[None, :]

@@ -635,7 +635,7 @@ def best_by_kernels(
     columns = torch.empty((box * box, width), dtype=torch.float16, device=device)
     # the last frequency's rows are read together with rings that are not there
     all_spectra = torch.empty((tables.n_rows + depth, t_at_once * width), dtype=torch.float16, device=device)
-    all_spectra[tables.n_rows :] = 0
+    all_spectra[tables.n_rows :].zero_()
     for start, first in itertools.product(range(0, n, width), range(0, t, t_at_once)):
         if first == 0:
             polar_kernels.image_columns[(-(-box * box // 64), width // 64)](
@@ -645,15 +645,15 @@ def best_by_kernels(
         n_total = len(few) * width
         spectra = all_spectra.flatten()[: len(all_spectra) * n_total].view(-1, n_total)
         if n_total < t_at_once * width:
-            spectra[tables.n_rows :] = 0
-        moments = torch.empty((2, len(rings.radii), n_total), dtype=torch.float32, device=device)
+            spectra[tables.n_rows :].zero_()
+        squares = torch.empty((len(rings.radii), n_total), dtype=torch.float32, device=device)
         for length, ring, count in rings.groups:
             frequencies = min(length, 2 * n_frequencies) // 4
             together, deep, warps = _spectra_launch(length, frequencies)
             polar_kernels.polar_spectra[(width // together, len(few), count)](
                 columns, few, tables.radii, tables.circles[length // 4], tables.waves[length // 4], tables.first_row,
-                spectra, moments, ring, len(rings.radii), width, n_total, box, QUARTER=length // 4,
-                FREQUENCIES=frequencies, DEPTH=min(deep, length // 4), IMAGES=together, num_warps=warps, num_stages=1,
+                spectra, squares, ring, width, n_total, box, QUARTER=length // 4, FREQUENCIES=frequencies,
+                DEPTH=min(deep, length // 4), IMAGES=together, num_warps=warps, num_stages=1,
             )  # fmt: skip
         for pair in range(0, pairs, pairs_at_once):
             here = min(pairs_at_once, pairs - pair)
@@ -665,8 +665,8 @@ def best_by_kernels(
                 num_warps=SUM_WARPS, num_stages=SUM_STAGES,
             )  # fmt: skip
             kernels.highest_angles[(n_total // ANGLE_COLUMNS, -(-here // ANGLE_PAIRS))](
-                products, tables.back_waves, moments, tables.shares, best[pair:, start:], len(rings.radii), here, first,
-                width, n - start, n, n_total, UNIT, QUARTER=quarter, FREQUENCIES=n_frequencies // 2,
+                products, tables.back_waves, spectra, squares, tables.shares, best[pair:, start:], len(rings.radii),
+                here, first, width, n - start, n, n_total, UNIT, QUARTER=quarter, FREQUENCIES=n_frequencies // 2,
                 ANGLES=min(quarter, 64), COLUMNS=ANGLE_COLUMNS, SIDES=sides, PAIRS=ANGLE_PAIRS,
                 ANGLE_BITS=rings.n_angles.bit_length() - 1, RINGS=32, num_warps=ANGLE_WARPS,
                 num_stages=max(1, min(ANGLE_STAGES, 192 // n_frequencies)),
