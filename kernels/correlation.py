@@ -176,9 +176,16 @@ def _with_coefficients(values, sums, where: tl.constexpr):
 
 
 @triton.jit
+def _turned(line, turn, ANGLES: tl.constexpr, TILE_RINGS: tl.constexpr, TILE_ANGLES: tl.constexpr):
+    """Values of profiles, whose first tiles and rows line points to, at angles."""
+    turn = turn & (ANGLES - 1)
+    return tl.load(line + turn // TILE_ANGLES * (TILE_RINGS * TILE_ANGLES) + turn % TILE_ANGLES)
+
+
+@triton.jit
 def _around(
     pixels, level, points_x, points_y, ring, place, weights, own, x, y, nearest, mirrored, n_samples, box,
-    ANGLES: tl.constexpr, SAMPLES: tl.constexpr,
+    ANGLES: tl.constexpr, TILE_RINGS: tl.constexpr, TILE_ANGLES: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """Correlation coefficients at 3 angles × 3 × 3 centres around a peak, sample by sample: 27 of 32 float32."""
     x, y = x + (box // 2).to(tl.float64), y + (box // 2).to(tl.float64)
@@ -204,12 +211,12 @@ def _around(
         b = _row(pixels + tl.minimum(tl.maximum(top, 0), box - 1) * box, columns, fx)
         c = _row(pixels + tl.minimum(tl.maximum(top + 1, 0), box - 1) * box, columns, fx)
         d = _row(pixels + tl.minimum(tl.maximum(top + 2, 0), box - 1) * box, columns, fx)
-        weight, line = tl.load(weights + sample), own + tl.load(ring + sample) * ANGLES
+        weight, line = tl.load(weights + sample), own + tl.load(ring + sample)
         turn = tl.load(place + sample) - middle
         turn = tl.where(mirrored, ANGLES - turn, turn) >> 1
-        low = tl.load(line + ((turn + step) & (ANGLES - 1)))
-        mid = tl.load(line + (turn & (ANGLES - 1)))
-        high = tl.load(line + ((turn - step) & (ANGLES - 1)))
+        low = _turned(line, turn + step, ANGLES, TILE_RINGS, TILE_ANGLES)
+        mid = _turned(line, turn, ANGLES, TILE_RINGS, TILE_ANGLES)
+        high = _turned(line, turn - step, ANGLES, TILE_RINGS, TILE_ANGLES)
         upper = _added_row(upper, a, b, fy, level, weight, low, mid, high)
         here = _added_row(here, b, c, fy, level, weight, low, mid, high)
         lower = _added_row(lower, c, d, fy, level, weight, low, mid, high)
@@ -261,11 +268,12 @@ def _quadratic_peak(values, quadratic):
     return s0, s1, s2, constant + (g0 + 0.5 * c0) * s0 + (g1 + 0.5 * c1) * s1 + (g2 + 0.5 * c2) * s2
 
 
-@triton.jit(do_not_specialize=("n_images", "n_candidates", "n_samples", "n_rings"))
+@triton.jit(do_not_specialize=("n_images", "n_candidates", "n_samples", "size"))
 def refined_peaks(
     images, means, best, which, shifts, centres, points_x, points_y, ring, place, weights, profiles, quadratic,
-    pair, peaks, n_images, n_candidates, n_samples, n_rings, box, margin,
-    SIDES: tl.constexpr, ANGLES: tl.constexpr, SAMPLES: tl.constexpr, PASSES: tl.constexpr,
+    pair, peaks, n_images, n_candidates, n_samples, size, box, margin,
+    SIDES: tl.constexpr, ANGLES: tl.constexpr, TILE_RINGS: tl.constexpr, TILE_ANGLES: tl.constexpr,
+    SAMPLES: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     """Take the best of a few candidates in float32, and interpolate its peak, PASSES times around where it was found.
 
@@ -283,7 +291,7 @@ def refined_peaks(
     points_x, …, weights
         samples, in an order in which neighbours meet neighbours, a whole number of SAMPLES.
     profiles
-        `(k, n_rings, ANGLES)`.
+        `(k, size)`: in tiles of some rings and angles, of which ``ring`` names the first and the row for each sample.
     quadratic
         `(13, 32)` float64: what takes 27 values to the quadratic's coefficients, 0, and what is added to them.
     pair, peaks
@@ -302,20 +310,20 @@ def refined_peaks(
             shift, angle = ((packed >> 16) & 0xFFFF).to(tl.int32), (packed & 0xFFFF).to(tl.int32)
             its_x, its_y = start_x + tl.load(shifts + 2 * shift), start_y + tl.load(shifts + 2 * shift + 1)
             its_values = _around(
-                pixels, level, points_x, points_y, ring, place, weights, profiles + its // SIDES * n_rings * ANGLES,
-                its_x, its_y, angle, its % SIDES == 1, n_samples, box, ANGLES, SAMPLES,
+                pixels, level, points_x, points_y, ring, place, weights, profiles + its // SIDES * size, its_x,
+                its_y, angle, its % SIDES == 1, n_samples, box, ANGLES, TILE_RINGS, TILE_ANGLES, SAMPLES,
             )  # fmt: skip
             middle = tl.sum(tl.where(tl.arange(0, 32) == 13, its_values, 0.0), 0)
             if (middle > top) | (candidate == 0):
                 x, y, nearest, taken, values, top = its_x, its_y, angle, its, its_values, middle
-    own, mirrored = profiles + taken // SIDES * n_rings * ANGLES, taken % SIDES == 1
+    own, mirrored = profiles + taken // SIDES * size, taken % SIDES == 1
     turned, height = nearest.to(tl.float64), top.to(tl.float64)
     for step in tl.static_range(PASSES):
         if step > 0:
             nearest = tl.floor(turned + 0.5).to(tl.int32) & (ANGLES - 1)
             values = _around(
                 pixels, level, points_x, points_y, ring, place, weights, own, x, y, nearest, mirrored, n_samples, box,
-                ANGLES, SAMPLES,
+                ANGLES, TILE_RINGS, TILE_ANGLES, SAMPLES,
             )  # fmt: skip
         turn, down, right, height = _quadratic_peak(values, quadratic)
         turned, x, y = nearest.to(tl.float64) + turn, x + right, y + down

@@ -34,6 +34,8 @@ IMAGES = 64
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS, SUM_STAGES, RINGS_DEPTH = 64, 128, 4, 5, 16
 ANGLE_COLUMNS, ANGLE_PAIRS, ANGLE_WARPS, ANGLE_STAGES = 64, 20, 8, 3
 PEAK_SAMPLES = 32
+# rings and angles of profiles whose values fill one line of a cache: neighbouring samples ask for few lines
+TILE_RINGS, TILE_ANGLES = 4, 8
 # sums over rings are stored times this, so that half precision keeps their digits
 UNIT = 2.0**12
 # half precision may err by MARGIN, of which frequencies that are left out make FREQUENCY_ERROR rms; so many (reference,
@@ -109,6 +111,12 @@ class References:
         Multiples of the step between angles for the longest rings, of which shorter ones lie half a step off.
         """
         return self.polar[1]
+
+    @functools.cached_property
+    def tiles(self) -> Tensor:
+        """`(k, rings/4, a/8, 4, 8)`: profiles as the kernels read them, rings made up to whole tiles."""
+        padded = torch.nn.functional.pad(self.profiles, (0, 0, 0, -len(self.rings.radii) % TILE_RINGS))
+        return padded.unflatten(1, (-1, TILE_RINGS)).unflatten(3, (-1, TILE_ANGLES)).transpose(2, 3).contiguous()
 
     @functools.cached_property
     def spectra(self) -> list[Tensor]:
@@ -551,7 +559,8 @@ class Tables:
     first_row, ring_counts
         `(m,)` int32: the first row of each frequency in the spectra, and its number of rings.
     samples
-        x, y, ring, angle in halves of the step, and share of the disc, of all samples, row by row of pixels.
+        x, y, place of the ring in a reference's tiles, angle in halves of the step, and share of the disc, of all
+        samples, row by row of pixels.
     """
 
     radii: Tensor
@@ -577,6 +586,7 @@ class Tables:
         ring, place = _places(rings, torch.device("cpu"))
         order = torch.argsort(y.floor() * rings.box + x)
         shares = rings.weights().float()
+        tile = ring // TILE_RINGS * (TILE_RINGS * rings.n_angles) + ring % TILE_RINGS * TILE_ANGLES
         return Tables(
             radii=torch.tensor(rings.radii, dtype=torch.float32, device=device),
             shares=shares.to(device),
@@ -587,7 +597,7 @@ class Tables:
             ring_counts=counts.int().to(device),
             n_rows=int(ends[-1]),
             samples=tuple(
-                values[order].to(device) for values in (x.float(), y.float(), ring.int(), place.int(), shares[ring])
+                values[order].to(device) for values in (x.float(), y.float(), tile.int(), place.int(), shares[ring])
             ),
         )  # fmt: skip
 
@@ -697,16 +707,16 @@ def peaks_by_kernel(
     """
     from torchem.kernels import correlation as kernels
 
-    rings, device, n = references.rings, images.device, len(images)
+    rings, tiles, device, n = references.rings, references.tiles, images.device, len(images)
     samples = Tables.of(rings, rings.n_angles // 2, device).samples
     free = shifts.free()
     pair = torch.empty(n, dtype=torch.int64, device=device)
     peaks = torch.empty((n, 4), dtype=torch.float64, device=device)
     kernels.refined_peaks[(n,)](
         images.contiguous(), means, best.contiguous(), which.contiguous(), _shift_table(shifts, device),
-        centres.contiguous(), *samples, references.profiles, _quadratic_rows((True, free[1], free[0]), device), pair,
-        peaks, n, len(best), len(samples[0]), len(rings.radii), rings.box, MARGIN, SIDES=references.sides,
-        ANGLES=rings.n_angles, SAMPLES=PEAK_SAMPLES, PASSES=PASSES, num_warps=1,
+        centres.contiguous(), *samples, tiles, _quadratic_rows((True, free[1], free[0]), device), pair, peaks, n,
+        len(best), len(samples[0]), tiles[0].numel(), rings.box, MARGIN, SIDES=references.sides, ANGLES=rings.n_angles,
+        TILE_RINGS=TILE_RINGS, TILE_ANGLES=TILE_ANGLES, SAMPLES=PEAK_SAMPLES, PASSES=PASSES, num_warps=1,
     )  # fmt: skip
     turned, x_and_y, peak = peaks[:, 0], peaks[:, 1:3], peaks[:, 3]
     angle = (turned + 0.5) * (2 * math.pi / rings.n_angles)
