@@ -9,30 +9,6 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=("n_rings", "n_rows"))
-def reference_operand(
-    transform, operand, n_rings, n_rows, unit,
-    SIDES: tl.constexpr, ALL: tl.constexpr, WIDTH: tl.constexpr, FREQUENCIES: tl.constexpr, ELEMENTS: tl.constexpr,
-):  # fmt: skip
-    """Write references `(m, n_rows, WIDTH)`, times the unit, as :func:`ring_sums` takes them.
-
-    Rows: reference, real or imaginary part of the sum, side; columns: real and imaginary parts of spectra, ring by
-    ring. transform: `(k, n_rings, 2, ALL)`. Program (elements of a frequency, frequencies).
-    """
-    element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
-    m = tl.program_id(1) * FREQUENCIES + tl.arange(0, FREQUENCIES)
-    row, column = element // WIDTH, element % WIDTH
-    side, part, ring = row % SIDES, row // SIDES % 2, column // 2
-    # a real sum takes real parts with real parts, an imaginary one with imaginary parts
-    own = column % 2 ^ part
-    place = ((row // (2 * SIDES)).to(tl.int64) * n_rings + ring) * (2 * ALL) + own * ALL
-    there = (row < n_rows) & (ring < n_rings)
-    value = tl.load(transform + place[None, :] + m[:, None], there[None, :], other=0.0)
-    value *= tl.where((own == 1) & (part != side), -unit, unit)[None, :]
-    to = operand + m.to(tl.int64)[:, None] * (n_rows * WIDTH) + element[None, :]
-    tl.store(to, value.to(operand.dtype.element_ty), (row < n_rows)[None, :])
-
-
 @triton.jit(do_not_specialize=("n_rows", "all_rows"))
 def ring_sums(
     references, spectra, first_row, ring_counts, products, n_rows, all_rows, n_total,

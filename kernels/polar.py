@@ -127,24 +127,20 @@ def polar_spectra(
 
 
 @triton.jit(do_not_specialize=("n_samples",))
-def reference_samples(
-    references, pixels, shares, weights, samples, moments, n_samples, box, SAMPLES: tl.constexpr
-):  # fmt: skip
-    """Sample references `(k, L, L)` on their rings, and average s and (s - mean)².
-
-    Program (reference).
+def reference_samples(references, pixels, shares, weights, samples, n_samples, box, SAMPLES: tl.constexpr):
+    """Sample references `(k, L, L)` on their rings, normalise and weigh; an empty one stays empty. Program (reference).
 
     Parameters
     ----------
     pixels, shares
         `(n_samples, 4)` int64 and float32: what a sample is interpolated from.
     weights
-        `(n_samples,)` float64, of the averages, which add up to 1: so the variance loses no digits to a high mean.
-    samples, moments
-        `(k, n_samples)` float32, and `(k, 2)` float64 mean and variance.
+        `(n_samples,)` float64, which add up to 1: in double precision the variance loses no digits to a high mean.
+    samples
+        `(k, n_samples)` float32.
     """
     reference = tl.program_id(0).to(tl.int64)
-    image = references + reference * box * box
+    image, to = references + reference * box * box, samples + reference * n_samples
     total, squares = tl.zeros((SAMPLES,), tl.float64), tl.zeros((SAMPLES,), tl.float64)
     for start in range(0, n_samples, SAMPLES):
         sample = start + tl.arange(0, SAMPLES)
@@ -153,29 +149,30 @@ def reference_samples(
         for corner in tl.static_range(4):
             pixel = tl.load(image + tl.load(pixels + 4 * sample + corner, there, other=0), there, other=0.0)
             value += pixel * tl.load(shares + 4 * sample + corner, there, other=0.0)
-        tl.store(samples + reference * n_samples + sample, value, there)
-        value = value.to(tl.float64)
+        tl.store(to + sample, value, there)
         weighted = value * tl.load(weights + sample, there, other=0.0)
         total += weighted
         squares += weighted * value
     mean = tl.sum(total, 0)
-    tl.store(moments + 2 * reference, mean)
-    tl.store(moments + 2 * reference + 1, tl.sum(squares, 0) - mean * mean)
+    variance = tl.sum(squares, 0) - mean * mean
+    factor = tl.where(variance > 0, 1 / tl.sqrt(tl.maximum(variance, 1e-300)), 0.0)
+    tl.debug_barrier()
+    for start in range(0, n_samples, SAMPLES):
+        sample = start + tl.arange(0, SAMPLES)
+        there = sample < n_samples
+        value = (tl.load(to + sample, there, other=0.0) - mean) * (factor * tl.load(weights + sample, there, other=0.0))
+        tl.store(to + sample, value.to(tl.float32), there)
 
 
 @triton.jit(do_not_specialize=("n_references", "n_rings", "n_samples"))
 def reference_transform(
-    samples, moments, rows, weights, waves, both, n_references, n_rings, n_samples,
+    samples, rows, waves, both, n_references, n_rings, n_samples,
     ANGLES: tl.constexpr, REFERENCES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Normalise, weigh and transform one ring of some references; an empty reference stays empty.
-
-    Program (columns of waves, ring, references).
+    """Transform one ring of some references. Program (columns of waves, ring, references).
 
     Parameters
     ----------
-    samples, moments, weights
-        of :func:`reference_samples`.
     rows
         `(n_rings, 4)` int32: the ring's first sample, how far apart they lie, their number, the first row of its waves.
     waves
@@ -185,22 +182,16 @@ def reference_transform(
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     ring = tl.program_id(1)
-    reference = (tl.program_id(2) * REFERENCES + tl.arange(0, REFERENCES)).to(tl.int64)
+    reference = (tl.program_id(2) * REFERENCES + tl.arange(0, REFERENCES)).to(tl.int64)[:, None]
     there = reference < n_references
     first, apart = tl.load(rows + 4 * ring), tl.load(rows + 4 * ring + 1)
     length, wave = tl.load(rows + 4 * ring + 2), tl.load(rows + 4 * ring + 3)
-    mean = tl.load(moments + 2 * reference, there, other=0.0)
-    variance = tl.load(moments + 2 * reference + 1, there, other=0.0)
-    positive = variance > 0
-    factor = tl.where(positive, tl.load(weights + first) / tl.sqrt(tl.where(positive, variance, 1.0)), 0.0)
     result = tl.zeros((REFERENCES, COLUMNS), tl.float32)
     for start in range(0, length, DEPTH):
         i = start + tl.arange(0, DEPTH)
-        at = samples + (reference * n_samples + first)[:, None] + (i * apart)[None, :]
-        value = tl.load(at, there[:, None], other=0.0)
-        value = ((value.to(tl.float64) - mean[:, None]) * factor[:, None]).to(tl.float32)
+        value = tl.load(samples + reference * n_samples + (first + i * apart)[None, :], there, other=0.0)
         own = tl.load(waves + (wave + i)[:, None] * (2 * ANGLES) + column[None, :])
         result = tl.dot(value, own, result, input_precision="ieee")
     half = tl.program_id(0) * COLUMNS // ANGLES
-    to = both + ((half * n_references.to(tl.int64) + reference) * n_rings + ring)[:, None] * ANGLES
-    tl.store(to + (column % ANGLES)[None, :], result, there[:, None])
+    to = both + ((half * n_references.to(tl.int64) + reference) * n_rings + ring) * ANGLES
+    tl.store(to + (column % ANGLES)[None, :], result, there)

@@ -111,19 +111,6 @@ def test_polar_references(box: int, first: int, last: int, k: int, level: float,
         assert not found[1:2].any()
 
 
-@pytest.mark.parametrize("mirror", [True, False])
-def test_operand(mirror: bool) -> None:
-    """Columns P of real and imaginary parts give Σ ε μ/n P Q*, and mirrored Σ ε μ/n P Q."""
-    references, _ = problem(33, 1, 3)
-    ready = References(references.float(), Rings(33, 2, 14), mirror)
-    spectra = torch.randn((2, ready.width // 2), generator=torch.Generator().manual_seed(1)).double().to(DEVICE)
-    q = torch.complex(*ready.transform.double().unbind(2))[..., : ready.n_frequencies]  # (k, rings, m)
-    p = torch.complex(*spectra)[: q.shape[1], None]
-    exact = torch.stack([(p * side).sum(1).mT for side in (q.conj(), q)[: ready.sides]], 2)  # (m, k, sides)
-    found = (ready.operand.double() @ spectra.T.flatten() / correlation.UNIT).unflatten(1, (3, 2, ready.sides))
-    assert float((found - torch.stack([exact.real, exact.imag], 2)).abs().max()) < 1e-3 * float(exact.abs().max())
-
-
 def packed(value: float, shift: int, angle: int) -> int:
     return int(torch.tensor(value).view(torch.int32)) << 32 | shift << 16 | angle
 

@@ -154,19 +154,17 @@ class References:
 
     @functools.cached_property
     def operand(self) -> Tensor:
-        """`(m, 2·sides·k, width)` float16, by a kernel: UNIT times what takes a frequency's spectra to sums over rings.
+        """`(m, 2·sides·k, width)` float16: UNIT times what takes a frequency's spectra to sums over rings.
 
         Columns: real and imaginary parts, ring by ring, 0 beyond the frequency's rings; rows: reference, real or
         imaginary part of the sum, side.
         """
-        from torchem.kernels import correlation as kernels
-
-        shape = self.n_frequencies, 2 * self.sides * self.count, self.width
-        operand = torch.empty(shape, dtype=torch.float16, device=self.images.device)
-        kernels.reference_operand[(-(-shape[1] * shape[2] // 128), shape[0] // 32)](
-            self.transform.contiguous(), operand, len(self.rings.radii), shape[1], UNIT, SIDES=self.sides,
-            ALL=self.rings.n_angles // 2, WIDTH=self.width, FREQUENCIES=32, ELEMENTS=128,
-        )  # fmt: skip
+        real, imaginary = (self.transform[..., : self.n_frequencies] * UNIT).half().unbind(2)  # (k, rings, m)
+        # rows of real and imaginary, straight and mirrored results; columns that real and imaginary parts meet
+        terms = torch.stack([real, imaginary, real, -imaginary, -imaginary, real, imaginary, real])
+        terms = terms.unflatten(0, (2, 2, 2))[:, : self.sides].permute(5, 3, 0, 1, 4, 2).flatten(1, 3).flatten(2)
+        operand = terms.new_zeros((*terms.shape[:2], self.width))
+        operand[..., : terms.shape[2]] = terms
         return operand
 
 
@@ -509,17 +507,15 @@ def polar_references_by_kernels(references: Tensor, rings: Rings) -> tuple[Tenso
     from torchem.kernels import polar as kernels
 
     device, k, n_rings, n_angles = references.device, len(references), len(rings.radii), rings.n_angles
-    weights = _weights(rings, torch.float64, device)
     samples = torch.empty((k, rings.n_samples), dtype=torch.float32, device=device)
-    moments = torch.empty((k, 2), dtype=torch.float64, device=device)
-    both = torch.empty((2, k, n_rings, n_angles), dtype=torch.float32, device=device)
     kernels.reference_samples[(k,)](
-        references.contiguous(), *centred(rings, torch.float32, device), weights, samples, moments, rings.n_samples,
-        rings.box, SAMPLES=1024, num_warps=8,
+        references.contiguous(), *centred(rings, torch.float32, device), _weights(rings, torch.float64, device),
+        samples, rings.n_samples, rings.box, SAMPLES=1024, num_warps=8,
     )  # fmt: skip
+    both = torch.empty((2, k, n_rings, n_angles), dtype=torch.float32, device=device)
     kernels.reference_transform[(2 * n_angles // 64, n_rings, -(-k // 16))](
-        samples, moments, _ring_table(rings, device), weights, _reference_waves(rings, torch.float32, device), both,
-        k, n_rings, rings.n_samples, ANGLES=n_angles, REFERENCES=16, COLUMNS=64, DEPTH=32, num_warps=1,
+        samples, _ring_table(rings, device), _reference_waves(rings, torch.float32, device), both, k, n_rings,
+        rings.n_samples, ANGLES=n_angles, REFERENCES=16, COLUMNS=64, DEPTH=32, num_warps=1,
     )  # fmt: skip
     return both[0].unflatten(2, (2, -1)), both[1]
 
