@@ -152,10 +152,10 @@ def _with_coefficients(values, sums, where: tl.constexpr):
 
 
 @triton.jit
-def _turned(line, turn, ANGLES: tl.constexpr, TILE_RINGS: tl.constexpr, TILE_ANGLES: tl.constexpr):
-    """Values of profiles, whose first tiles and rows line points to, at angles."""
+def _turned(own, row, turn, ANGLES: tl.constexpr, TILE_RINGS: tl.constexpr, TILE_ANGLES: tl.constexpr):
+    """Values of a reference's profiles, whose first tiles and rows are given, at angles."""
     turn = turn & (ANGLES - 1)
-    return tl.load(line + turn // TILE_ANGLES * (TILE_RINGS * TILE_ANGLES) + turn % TILE_ANGLES)
+    return tl.load(own + (row + turn + (turn & -TILE_ANGLES) * (TILE_RINGS - 1)))
 
 
 @triton.jit
@@ -187,12 +187,12 @@ def _around(
         b = _row(pixels + tl.minimum(tl.maximum(top, 0), box - 1) * box, columns, fx)
         c = _row(pixels + tl.minimum(tl.maximum(top + 1, 0), box - 1) * box, columns, fx)
         d = _row(pixels + tl.minimum(tl.maximum(top + 2, 0), box - 1) * box, columns, fx)
-        weight, line = tl.load(weights + sample), own + tl.load(ring + sample)
+        weight, row = tl.load(weights + sample), tl.load(ring + sample)
         turn = tl.load(place + sample) - middle
         turn = tl.where(mirrored, ANGLES - turn, turn) >> 1
-        low = _turned(line, turn + step, ANGLES, TILE_RINGS, TILE_ANGLES)
-        mid = _turned(line, turn, ANGLES, TILE_RINGS, TILE_ANGLES)
-        high = _turned(line, turn - step, ANGLES, TILE_RINGS, TILE_ANGLES)
+        low = _turned(own, row, turn + step, ANGLES, TILE_RINGS, TILE_ANGLES)
+        mid = _turned(own, row, turn, ANGLES, TILE_RINGS, TILE_ANGLES)
+        high = _turned(own, row, turn - step, ANGLES, TILE_RINGS, TILE_ANGLES)
         upper = _added_row(upper, a, b, fy, level, weight, low, mid, high)
         here = _added_row(here, b, c, fy, level, weight, low, mid, high)
         lower = _added_row(lower, c, d, fy, level, weight, low, mid, high)
