@@ -199,7 +199,7 @@ class Grid:
         for begin in range(0, n, at_once):
             poses = rotation_matrix(*euler[begin : begin + at_once].unbind(1))  # (m, 3, 3)
             mates = (poses.flatten(0, 1) @ all_operators).view(-1, 3, g, 3).transpose(1, 2)
-            cosine = (mates[:, :, 2] @ self.views.T).flatten(1)  # (m, g·d)
+            cosine = (mates[:, :, 2].reshape(-1, 3) @ self.views.T).view(len(poses), -1)  # (m, g·d)
             near = (cosine > bound).scatter_(1, cosine.argmax(1, keepdim=True), True)
             particle, sample = torch.nonzero(near, as_tuple=True)
             mate = sample // d

@@ -30,10 +30,10 @@ CHUNK_BYTES, REFERENCES_AT_ONCE = 3 * 2**27, 64
 # images side by side: a multiple of what a program takes
 IMAGES = 64
 # launches: rows, columns, warps, stages and rings of a step of the sums; columns, pairs, warps and stages of
-# the angles; samples of the peaks
+# the angles; samples and registers of the peaks
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS, SUM_STAGES, RINGS_DEPTH = 64, 128, 4, 5, 16
 ANGLE_COLUMNS, ANGLE_PAIRS, ANGLE_WARPS, ANGLE_STAGES = 64, 20, 8, 3
-PEAK_SAMPLES = 32
+PEAK_SAMPLES, PEAK_REGISTERS = 32, 80
 # rings and angles of profiles whose values fill one line of a cache: neighbouring samples ask for few lines
 TILE_RINGS, TILE_ANGLES = 4, 8
 # sums over rings are stored times this, so that half precision keeps their digits
@@ -636,7 +636,10 @@ def best_by_kernels(
     # images, shifts and pairs of reference and side whose spectra and sums are held at once
     pairs_at_once = min(pairs, sides * REFERENCES_AT_ONCE)
     most = CHUNK_BYTES // (2 * (tables.n_rows + 2 * n_frequencies * pairs_at_once))
-    width = max(IMAGES, min(-(-n // IMAGES), most // (t * IMAGES)) * IMAGES)
+    # all parts alike, as each is worked through whole
+    blocks = max(1, -(-n // IMAGES))
+    parts = -(-blocks // max(1, most // (t * IMAGES)))
+    width = -(-blocks // parts) * IMAGES
     t_at_once = max(1, min(t, most // width))
     columns = torch.empty((box * box, width), dtype=torch.float16, device=device)
     # the last frequency's rows are read together with rings that are not there
@@ -713,6 +716,7 @@ def peaks_by_kernel(
         centres.contiguous(), *samples, tiles, _quadratic_rows((True, free[1], free[0]), device), pair, peaks, n,
         len(best), len(samples[0]), tiles[0].numel(), rings.box, MARGIN, SIDES=references.sides, ANGLES=rings.n_angles,
         TILE_RINGS=TILE_RINGS, TILE_ANGLES=TILE_ANGLES, SAMPLES=PEAK_SAMPLES, PASSES=PASSES, num_warps=1,
+        maxnreg=PEAK_REGISTERS,
     )  # fmt: skip
     turned, x_and_y, peak = peaks[:, 0], peaks[:, 1:3], peaks[:, 3]
     angle = (turned + 0.5) * (2 * math.pi / rings.n_angles)
