@@ -19,7 +19,7 @@ from torchem.ops.significant import row_logsumexp
 from torchem.runtime import memory
 
 # of views and directions, compared at once
-COSINES = 2**24
+COSINES = {"cpu": 2**24, "cuda": 2**26}
 
 
 @dataclass
@@ -195,7 +195,7 @@ class Grid:
         bound = math.cos(math.radians(3 * sigma)) if 3 * sigma < 180 else -2.0
         all_operators = operators.to(euler).transpose(0, 1).flatten(1)  # (3, g·3)
         found: list[tuple[Tensor, ...]] = []
-        at_once = max(1, COSINES // (g * d))
+        at_once = max(1, COSINES[self.device.type] // (g * d))
         for begin in range(0, n, at_once):
             poses = rotation_matrix(*euler[begin : begin + at_once].unbind(1))  # (m, 3, 3)
             mates = (poses.flatten(0, 1) @ all_operators).view(-1, 3, g, 3).transpose(1, 2)
