@@ -14,6 +14,7 @@ import triton.language as tl
 # leaves of a float32 the 11 significant bits of TF32; half of the last of them
 _TF32 = tl.constexpr(-8192)
 _TF32_HALF = tl.constexpr(4096)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -95,130 +96,194 @@ def prepare(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("n_rows", "n_shifts", "half", "n_classes", "per_class", "stride16", "n_programs"))
-def log_weights(
+@triton.jit
+def _leading(x):
+    """The 11 leading bits, of infinity those of a large number: two such terms are beyond what float32 holds."""
+    return (tl.minimum(x, 3e38).to(tl.int32, bitcast=True) & _TF32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _in_parts(x, PARTS: tl.constexpr):
+    """Blocks of neighbouring columns."""
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    if PARTS == 1:
+        parts = (x,)
+    else:
+        left, right = x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        if PARTS == 2:
+            parts = (left, right)
+        else:
+            a, b = left.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1).split()
+            c, d = right.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1).split()
+            parts = (a, b, c, d)
+    return parts
+
+
+@triton.jit
+def _place(tile, row_tiles, column_tiles):
+    """Row and column of a tile: groups of 16 rows share the projections, and each other's images, in L2."""
+    group = tile // (16 * column_tiles)
+    group_rows = tl.minimum(row_tiles - group * 16, 16)
+    within = tile - group * (16 * column_tiles)
+    return group * 16 + within % group_rows, within // group_rows
+
+
+@triton.jit
+def _score_tile(
     shifted, projections, norms, unit, constant, orientation_prior, offset_prior, out, tile_max, tile_sum,
-    n_rows, n_shifts, half, n_classes, per_class, stride16, n_programs,
+    first_row, k, first, n_rows, n_shifts, half, n_classes, per_class, stride,
     PRODUCTS: tl.constexpr, PRECISION: tl.constexpr, CORRELATION: tl.constexpr, CONSTANT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PART: tl.constexpr, FEW_IMAGES: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PART: tl.constexpr, SUMMED: tl.constexpr,
+    FEW_IMAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of the product with its epilogue: norms, log priors, and each tile row's maximum and sum."""
-    stride = stride16 * 16
+    """A tile of the product with its epilogue: norms, log priors, and maxima and sums of SUMMED columns of each row."""
     steps = 2 * half // DEPTH
-    row_tiles = tl.cdiv(n_rows, ROWS)
-    class_tiles = tl.cdiv(per_class, COLUMNS)
     EXACT: tl.constexpr = PRODUCTS == 3 or PRECISION == "ieee"
+    ADDED: tl.constexpr = FEW_IMAGES and not (CORRELATION or EXACT)  # norms and priors are one more step
     PARTS: tl.constexpr = COLUMNS // PART
     width = n_classes.to(tl.int64) * stride
-    n_images = n_rows // n_shifts
-    if not EXACT:
+    below = n_rows // n_shifts * width  # from norms by high weights to those by low ones
+    line = norms + k.to(tl.int64) * stride
+    row = first_row + tl.arange(0, ROWS)
+    of_row = row < n_rows
+    if FEW_IMAGES:
+        its = first_row // n_shifts + tl.arange(0, 16)
+        starts = its * n_shifts
+        column = first + tl.arange(0, COLUMNS)
+        # to the padded width, whose alignment the compiler knows
+        inside = (starts < tl.minimum(first_row + ROWS, n_rows))[:, None] & (column < stride)[None, :]
+        place = line + its.to(tl.int64)[:, None] * width + column[None, :]
+    if ADDED:  # arrive while the product is made
+        rest, rest_low = tl.load(place, inside, other=0.0), tl.load(place + below, inside, other=0.0)
+        prior = tl.load(orientation_prior + k * per_class + column, column < per_class, other=float("-inf"))
         scale = tl.load(unit)
-    tiles = row_tiles * class_tiles * n_classes
-    for tile in tl.range(tl.program_id(0), tiles, n_programs, flatten=FLATTEN):
-        # groups of 16 row tiles share the projections, and each other's images, in L2
-        group = tile // (16 * class_tiles * n_classes)
-        group_rows = tl.minimum(row_tiles - group * 16, 16)
-        within = tile - group * (16 * class_tiles * n_classes)
-        first_row = (group * 16 + within % group_rows) * ROWS
-        column_tile = within // group_rows
-        k = column_tile // class_tiles
-        first = column_tile % class_tiles * COLUMNS
 
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        low = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for step in range(PRODUCTS * steps):
-            # low × high; of three products high × low; high × high
-            a_step = tl.where(step >= 2 * steps, step - steps, step)
-            b_step = tl.where(step >= (PRODUCTS - 1) * steps, step - (PRODUCTS - 1) * steps, step)
-            a = shifted.load([first_row, a_step * DEPTH])
-            b = projections.load([k * stride + first, b_step * DEPTH])
-            if EXACT:
-                # sums in two terms: float32 alone would lose what matters beside ‖P/σ‖² = 10^6
-                part = tl.dot(a, b.T, input_precision=PRECISION, max_num_imprecise_acc=DEPTH)
-                new = total + part
-                low += part - (new - total)
-                total = new
-            else:
-                total = tl.dot(a, b.T, total, input_precision=PRECISION)
-
-        row = first_row + tl.arange(0, ROWS)
-        of_row = row < n_rows
-        image, shift = (row // n_shifts).to(tl.int64), row % n_shifts
-        if CORRELATION:
-            offset = tl.zeros((ROWS,), tl.float32)
-        else:
-            offset = tl.load(offset_prior + (image * n_classes + k) * n_shifts + shift, of_row, other=0.0)
-        if CONSTANT:
-            c = tl.load(constant + image, of_row, other=0.0)
-            base = (-2 * c).to(tl.float32)
-            total -= base[:, None]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    low = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(PRODUCTS * steps):
+        # low × high; of three products high × low; high × high
+        a_step = tl.where(step >= 2 * steps, step - steps, step)
+        b_step = tl.where(step >= (PRODUCTS - 1) * steps, step - (PRODUCTS - 1) * steps, step)
+        a = shifted.load([first_row, a_step * DEPTH])
+        b = projections.load([k * stride + first, b_step * DEPTH])
         if EXACT:
-            total += low
-        line = norms + k.to(tl.int64) * stride
-        below = n_images * width  # from norms by high weights to those by low ones
-        if FEW_IMAGES:
-            its = first_row // n_shifts + tl.arange(0, 16)
-            one = (image[:, None] == its[None, :]).to(tl.float32)
-            of_images = ()
-            for i in tl.static_range(PARTS):
-                # to the padded width, whose alignment the compiler knows
-                column = first + i * PART + tl.arange(0, PART)
-                inside = (its * n_shifts < tl.minimum(first_row + ROWS, n_rows))[:, None] & (column < stride)[None, :]
-                place = line + its.to(tl.int64)[:, None] * width + column[None, :]
-                norm = tl.load(place, inside, other=0.0)
-                if not EXACT:
-                    norm += tl.load(place + below, inside, other=0.0)
-                of_images += (norm,)
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
-        mass = tl.zeros((ROWS,), tl.float32)
-        # the tile in parts, so that norms and results do not crowd out the registers
-        if PARTS == 1:
-            parts = (total,)
+            # sums in two terms: float32 alone would lose what matters beside ‖P/σ‖² = 10^6
+            part = tl.dot(a, b.T, input_precision=PRECISION, max_num_imprecise_acc=DEPTH)
+            new = total + part
+            low += part - (new - total)
+            total = new
         else:
-            left, right = total.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-            if PARTS == 2:
-                parts = (left, right)
-            else:
-                a0, a1 = left.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1).split()
-                a2, a3 = right.reshape(ROWS, 2, COLUMNS // 4).permute(0, 2, 1).split()
-                parts = (a0, a1, a2, a3)
-        for i in tl.static_range(PARTS):
-            column = first + i * PART + tl.arange(0, PART)
-            if not CORRELATION:
-                prior = tl.load(orientation_prior + k * per_class + column, column < per_class, other=float("-inf"))
+            total = tl.dot(a, b.T, total, input_precision=PRECISION)
+
+    if CORRELATION:
+        offset = tl.zeros((ROWS,), tl.float32)
+    else:
+        offset = tl.load(offset_prior + k.to(tl.int64) * n_rows + row, of_row, other=0.0)
+    if CONSTANT:
+        c = tl.load(constant + row // n_shifts, of_row, other=0.0)
+        base = (-2 * c).to(tl.float32)
+        total -= base[:, None]
+    if EXACT:
+        total += low
+    if FEW_IMAGES:
+        # the tensor cores bring norms to their rows: loads would force another layout upon the tile
+        of_image = (row[:, None] >= starts[None, :]) & (row[:, None] < (starts + n_shifts)[None, :])
+        one = tl.where(of_image, 1.0, 0.0)
+        if ADDED:
+            rest = (rest + rest_low) * scale - prior[None, :]
+            if CONSTANT:
+                of_its = tl.load(constant + its, starts < n_rows, other=0.0)
+                rest -= (of_its + (-2 * of_its).to(tl.float32).to(tl.float64)).to(tl.float32)[:, None]
+            for _ in tl.static_range(2):
+                high = _leading(rest)
+                total = tl.dot(-one, high, total, input_precision="tf32")
+                rest -= high
+        else:
+            rest = tl.load(place, inside, other=0.0)
+            if not EXACT:
+                rest += tl.load(place + below, inside, other=0.0)
+            norm_parts = _in_parts(rest, PARTS)
+    # the tile in parts, so that norms and results do not crowd out the registers
+    parts = _in_parts(total, PARTS)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    for i in tl.static_range(PARTS):
+        value = parts[i]
+        column = first + i * PART + tl.arange(0, PART)
+        if ADDED:
+            value += offset[:, None]
+        else:
             if FEW_IMAGES:
-                # the tensor cores bring norms to their rows: loads would force another layout upon the tile
                 norm = tl.zeros((ROWS, PART), tl.float32)
-                rest = of_images[i]
+                rest = norm_parts[i]
                 for _ in tl.static_range(3 if EXACT else 2):
-                    high = (rest.to(tl.int32, bitcast=True) & _TF32).to(tl.float32, bitcast=True)
+                    high = _leading(rest)
                     norm = tl.dot(one, high, norm, input_precision="tf32")
                     rest -= high
             else:
-                place = line + image[:, None] * width + column[None, :]
+                place = line + (row // n_shifts).to(tl.int64)[:, None] * width + column[None, :]
                 inside = of_row[:, None] & (column < stride)[None, :]
                 norm = tl.load(place, inside, other=0.0)
                 if not EXACT:
                     norm += tl.load(place + below, inside, other=0.0)
             if not EXACT:
-                norm *= scale
+                norm *= tl.load(unit)
             if CORRELATION:
-                value = parts[i] * tl.rsqrt(norm)
-                counted = tl.where((column < per_class)[None, :], value, float("-inf"))
+                value *= tl.rsqrt(norm)
             else:
                 if CONSTANT and not EXACT:
                     norm -= (c + base.to(tl.float64)).to(tl.float32)[:, None]
-                value = (parts[i] - norm) + (offset[:, None] + prior[None, :])
-                counted = value
-            out.store([first_row, k, first + i * PART], value.reshape(ROWS, 1, PART))
-            new_top = tl.maximum(top, tl.max(counted, 1))
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-            mass = mass * tl.exp(top - safe) + tl.sum(tl.exp(counted - safe[:, None]), 1)
-            top = new_top
-        place = row.to(tl.int64) * (n_classes * class_tiles) + column_tile
-        tl.store(tile_max + place, top, of_row)
-        tl.store(tile_sum + place, mass, of_row)
+                prior = tl.load(orientation_prior + k * per_class + column, column < per_class, other=float("-inf"))
+                value = (value - norm) + (offset[:, None] + prior[None, :])
+        out.store([first_row, k, first + i * PART], value.reshape(ROWS, 1, PART))
+        if CORRELATION:
+            value = tl.where((column < per_class)[None, :], value, float("-inf"))
+        new_top = tl.maximum(top, tl.max(value, 1))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top) * _LOG2_E
+        mass = mass * tl.exp2(top * _LOG2_E - safe) + tl.sum(tl.exp2(value * _LOG2_E - safe[:, None]), 1)
+        top = new_top
+        if (i + 1) * PART % SUMMED == 0:
+            class_tiles = tl.cdiv(per_class, SUMMED)
+            tile = (first + i * PART) // SUMMED
+            place = row.to(tl.int64) * (n_classes * class_tiles) + k * class_tiles + tile
+            keep = row < tl.where(tile < class_tiles, n_rows, 0)
+            tl.store(tile_max + place, top, keep)
+            tl.store(tile_sum + place, mass, keep)
+            top = tl.full((ROWS,), float("-inf"), tl.float32)
+            mass = tl.zeros((ROWS,), tl.float32)
+
+
+@triton.jit(do_not_specialize=("n_rows", "n_shifts", "half", "n_classes", "per_class", "stride16", "n_whole"))
+def log_weights(
+    shifted, projections, half_projections, norms, unit, constant, orientation_prior, offset_prior, out,
+    tile_max, tile_sum, n_rows, n_shifts, half, n_classes, per_class, stride16, n_whole,
+    PRODUCTS: tl.constexpr, PRECISION: tl.constexpr, CORRELATION: tl.constexpr, CONSTANT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PART: tl.constexpr, FEW_IMAGES: tl.constexpr,
+):  # fmt: skip
+    """All tiles, one after another in each program: ``n_whole`` of them whole, before these the others in halves."""
+    HALF: tl.constexpr = COLUMNS // 2
+    program, n_programs = tl.program_id(0), tl.num_programs(0)
+    stride = stride16 * 16
+    row_tiles = tl.cdiv(n_rows, ROWS)
+    class_tiles = tl.cdiv(per_class, COLUMNS)
+    column_tiles = class_tiles * n_classes
+    for piece in tl.range(program, 2 * (row_tiles * column_tiles - n_whole), n_programs):
+        row_tile, column_tile = _place(n_whole + piece // 2, row_tiles, column_tiles)
+        _score_tile(
+            shifted, half_projections, norms, unit, constant, orientation_prior, offset_prior, out, tile_max, tile_sum,
+            row_tile * ROWS, column_tile // class_tiles, column_tile % class_tiles * COLUMNS + piece % 2 * HALF,
+            n_rows, n_shifts, half, n_classes, per_class, stride,
+            PRODUCTS, PRECISION, CORRELATION, CONSTANT, ROWS, HALF, DEPTH, PART, HALF, FEW_IMAGES,
+        )  # fmt: skip
+    for tile in tl.range(program, n_whole, n_programs):
+        row_tile, column_tile = _place(tile, row_tiles, column_tiles)
+        _score_tile(
+            shifted, projections, norms, unit, constant, orientation_prior, offset_prior, out, tile_max, tile_sum,
+            row_tile * ROWS, column_tile // class_tiles, column_tile % class_tiles * COLUMNS,
+            n_rows, n_shifts, half, n_classes, per_class, stride,
+            PRODUCTS, PRECISION, CORRELATION, CONSTANT, ROWS, COLUMNS, DEPTH, PART, HALF, FEW_IMAGES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("n_rows", "n_pixels", "rows16", "columns16"))

@@ -50,7 +50,10 @@ CPU_LADDER = {"fp32": 1e4, "fp64": float("inf")}
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes of a Triton program: rows (shifted images), columns (orientations), depth, columns written at once."""
+    """Sizes of a Triton program: rows (shifted images), columns (orientations), depth, columns written at once.
+
+    ``columns`` are two or four times ``part``, as a tile may be halved.
+    """
 
     rows: int
     columns: int
@@ -58,7 +61,7 @@ class Tiling:
     part: int
     warps: int = 8
     stages: int = 3
-    flatten: bool = False  # a program a processor, one loop over its tiles
+    resident: int = 1  # programs on a processor at once
 
 
 @dataclass
@@ -407,7 +410,9 @@ def _by_kernels(
     exact = how.products == 3 or how.mode == "ieee"
     if constant is not None:
         constant = constant.double().contiguous()
-    priors = [None if x is None else x.float().contiguous() for x in (orientation_prior, offset_prior)]
+    if orientation_prior is not None and offset_prior is not None:
+        orientation_prior = orientation_prior.float().contiguous()
+        offset_prior = offset_prior.float().transpose(0, 1).contiguous()
 
     shifted = torch.empty((rows, how.image_terms * 2 * half), dtype=how.dtype, device=device)
     split = None if exact else torch.empty((2 * n, 2 * half), dtype=torch.float16, device=device)
@@ -426,33 +431,35 @@ def _by_kernels(
         norms = _product(split, projections.squares)
 
     class_tiles = -(-r // tiling.columns)
+    tiles = -(-rows // tiling.rows) * class_tiles * k
+    programs = min(tiles, processors * tiling.resident)
+    rest = tiles % programs  # few are cut in halves, many fill a round of their own
+    summed = tiling.columns // 2
     values = torch.empty((rows, k, stride), device=device)
-    tile_max = torch.empty((n, t, k * class_tiles), device=device)
+    tile_max = torch.empty((n, t, k * -(-r // summed)), device=device)
     tile_sum = torch.empty_like(tile_max)
-    programs = -(-rows // tiling.rows) * class_tiles * k
-    if tiling.flatten:
-        programs = min(programs, processors)
     kernels.log_weights[(programs,)](
         TensorDescriptor.from_tensor(shifted, [tiling.rows, tiling.depth]),
         TensorDescriptor.from_tensor(terms, [tiling.columns, tiling.depth]),
-        norms, projections.unit, constant, *priors,
+        TensorDescriptor.from_tensor(terms, [summed, tiling.depth]),
+        norms, projections.unit, constant, orientation_prior, offset_prior,
         TensorDescriptor.from_tensor(values, [tiling.rows, 1, tiling.part]), tile_max, tile_sum,
-        rows, t, half, k, r, stride // 16, programs,
+        rows, t, half, k, r, stride // 16, tiles - rest if 2 * rest <= programs else tiles,
         PRODUCTS=how.products, PRECISION=how.mode, CORRELATION=power is not None, CONSTANT=constant is not None,
         ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, PART=tiling.part,
-        FEW_IMAGES=min(n, (tiling.rows - 1) // t + 2) <= 16, FLATTEN=tiling.flatten,
+        FEW_IMAGES=min(n, (tiling.rows - 1) // t + 2) <= 16,
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
-    return LogWeights(values[..., :r].reshape(n, t, k * r), tile_max, tile_sum, tiling.columns)
+    return LogWeights(values[..., :r].reshape(n, t, k * r), tile_max, tile_sum, summed)
 
 
 def _tiling(how: Precision, rows: int, n_classes: int, per_class: int, processors: int) -> Tiling:
     """Tiles that fill the tensor cores; smaller ones where there are few, or where sums are kept in two terms."""
     if how.mode == "ieee":
-        return Tiling(64, 64, 32, 64)
+        return Tiling(64, 64, 32, 32)
     depth = 128 // how.dtype.itemsize
     if -(-rows // 128) * -(-per_class // 256) * n_classes < processors:
-        return Tiling(64, 128, depth, 64, warps=4)
+        return Tiling(64, 128, depth, 64, warps=4, resident=2)
     return Tiling(128, 128 if how.products == 3 else 256, depth, 64)
 
 
