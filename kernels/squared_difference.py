@@ -2,10 +2,10 @@
 
 Layouts: a row of an operand is [real parts | imaginary parts], each padded to ``half`` values; operands in two terms
 hold them side by side, images as [low | high], projections as [high | low]. Norms are a row for each image; unless
-summed in double, the rows of high and then of low weights, to be added. Projections, their norms and the result are
-numbered class by class, each class padded to ``stride`` orientations, a multiple of 16. It is handed over divided by
-16, and ``half`` by 64, so that the compiler sees that wide loads and stores are aligned. All sizes are run-time
-integers.
+summed in double, rows of high and then of low weights, in each columns of high and then of low squares, to be added.
+Projections, their norms and the result are numbered class by class, each class padded to ``stride`` orientations, a
+multiple of 16. It is handed over divided by 16, and ``half`` by 64, so that the compiler sees that wide loads and
+stores are aligned. All sizes are run-time integers.
 """
 
 import triton
@@ -20,31 +20,35 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _phase_shift(
     images, phases, factor, power, shifted,
-    n_rows, n_shifts, n_pixels, half, program,
-    TERMS: tl.constexpr, TF32: tl.constexpr, CORRELATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
+    n_images, n_shifts, n_pixels, half, program,
+    TERMS: tl.constexpr, TF32: tl.constexpr, CORRELATION: tl.constexpr,
+    IMAGES: tl.constexpr, SHIFTS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Write ROWS × PIXELS phase-shifted values of both parts into the image operand."""
+    """Write PIXELS phase-shifted values of both parts of IMAGES at SHIFTS into the image operand."""
     pixel_blocks = tl.cdiv(half, PIXELS)
-    row = program // pixel_blocks * ROWS + tl.arange(0, ROWS)
+    blocks = tl.cdiv(n_shifts, SHIFTS) * pixel_blocks
+    image = program // blocks * IMAGES + tl.arange(0, IMAGES)
+    shift = program % blocks // pixel_blocks * SHIFTS + tl.arange(0, SHIFTS)
     pixel = program % pixel_blocks * PIXELS + tl.arange(0, PIXELS)
-    image, shift = row // n_shifts, row % n_shifts
-    valid = pixel < n_pixels
-    inside = (row < n_rows)[:, None] & valid[None, :]
+    of_image, of_shift, valid = image < n_images, shift < n_shifts, pixel < n_pixels
     x = images + 2 * (image.to(tl.int64)[:, None] * n_pixels + pixel[None, :])[:, :, None] + tl.arange(0, 2)
     ramp = phases + 2 * (shift[:, None] * n_pixels + pixel[None, :])[:, :, None] + tl.arange(0, 2)
-    x_re, x_im = tl.load(x, inside[:, :, None], other=0.0).split()
-    f_re, f_im = tl.load(ramp, inside[:, :, None], other=0.0).split()
+    x_re, x_im = tl.load(x, (of_image[:, None] & valid[None, :])[:, :, None], other=0.0).split()
+    f_re, f_im = tl.load(ramp, (of_shift[:, None] & valid[None, :])[:, :, None], other=0.0).split()
     if CORRELATION:
-        scale = tl.rsqrt(tl.load(power + image, row < n_rows, other=1.0).to(tl.float32) / n_pixels)[:, None]
+        scale = tl.rsqrt(tl.load(power + image, of_image, other=1.0).to(tl.float32) / n_pixels)[:, None]
     else:
         scale = tl.load(factor + pixel, valid, other=0.0)[None, :]
-    out = shifted + row.to(tl.int64)[:, None] * (2 * TERMS * half) + pixel[None, :]
-    keep = (row < n_rows)[:, None] & (pixel < half)[None, :]
+    x_re, x_im = (x_re * scale)[:, None, :], (x_im * scale)[:, None, :]
+    f_re, f_im = f_re[None, :, :], f_im[None, :, :]
+    row = image.to(tl.int64)[:, None] * n_shifts + shift[None, :]
+    out = shifted + row[:, :, None] * (2 * TERMS * half) + pixel[None, None, :]
+    keep = (of_image[:, None] & of_shift[None, :])[:, :, None] & (pixel < half)[None, None, :]
     for part in tl.static_range(2):
         if part == 0:
-            value = (x_re * f_re - x_im * f_im) * scale
+            value = x_re * f_re - x_im * f_im
         else:
-            value = (x_re * f_im + x_im * f_re) * scale
+            value = x_re * f_im + x_im * f_re
         if TF32:  # the tensor cores would cut, not round
             value = ((value.to(tl.int32, bitcast=True) + _TF32_HALF) & _TF32).to(tl.float32, bitcast=True)
         high = value.to(shifted.dtype.element_ty)
@@ -56,11 +60,11 @@ def _phase_shift(
 @triton.jit
 def _split_weights(
     weights, factor, split, n_images, n_pixels, half, program,
-    CORRELATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
+    CORRELATION: tl.constexpr, IMAGES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Write ROWS × PIXELS weights, of whitened projections, as high and low rows for the product that makes norms."""
+    """Write PIXELS weights of IMAGES, for whitened projections, as the high and low rows of the norms' product."""
     pixel_blocks = tl.cdiv(half, PIXELS)
-    image = program // pixel_blocks * ROWS + tl.arange(0, ROWS)
+    image = program // pixel_blocks * IMAGES + tl.arange(0, IMAGES)
     pixel = program % pixel_blocks * PIXELS + tl.arange(0, PIXELS)
     valid = pixel < n_pixels
     of_image = (image < n_images)[:, None]
@@ -70,29 +74,28 @@ def _split_weights(
         w *= (scale * scale)[None, :]
     high = w.to(split.dtype.element_ty)
     low = (w - high.to(tl.float32)).to(split.dtype.element_ty)
-    out = split + image.to(tl.int64)[:, None] * (2 * half) + pixel[None, :]
+    out = split + image.to(tl.int64)[:, None] * half + pixel[None, :]
     keep = of_image & (pixel < half)[None, :]
-    lower = n_images.to(tl.int64) * (2 * half)
-    for term in tl.static_range(2):  # of the squared projections
-        tl.store(out + term * half, high, keep)
-        tl.store(out + lower + term * half, low, keep)
+    tl.store(out, high, keep)
+    tl.store(out + n_images.to(tl.int64) * half, low, keep)
 
 
-@triton.jit(do_not_specialize=("n_images", "n_rows", "n_shifts", "n_pixels", "half64", "weight_programs"))
+@triton.jit(do_not_specialize=("n_images", "n_shifts", "n_pixels", "half64", "weight_programs"))
 def prepare(
     images, weights, phases, factor, power, shifted, split,
-    n_images, n_rows, n_shifts, n_pixels, half64, weight_programs,
-    TERMS: tl.constexpr, TF32: tl.constexpr, CORRELATION: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr,
+    n_images, n_shifts, n_pixels, half64, weight_programs,
+    TERMS: tl.constexpr, TF32: tl.constexpr, CORRELATION: tl.constexpr,
+    WEIGHTS: tl.constexpr, IMAGES: tl.constexpr, SHIFTS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Left operands of both products, in one launch: the first programs split weights, the others shift images."""
     program, half = tl.program_id(0), half64 * 64
     if split is not None:  # exact norms need no weights from here
         if program < weight_programs:
-            _split_weights(weights, factor, split, n_images, n_pixels, half, program, CORRELATION, ROWS, PIXELS)
+            _split_weights(weights, factor, split, n_images, n_pixels, half, program, CORRELATION, WEIGHTS, PIXELS)
     if program >= weight_programs:
         _phase_shift(
-            images, phases, factor, power, shifted, n_rows, n_shifts, n_pixels, half, program - weight_programs,
-            TERMS, TF32, CORRELATION, ROWS, PIXELS,
+            images, phases, factor, power, shifted, n_images, n_shifts, n_pixels, half, program - weight_programs,
+            TERMS, TF32, CORRELATION, IMAGES, SHIFTS, PIXELS,
         )  # fmt: skip
 
 
@@ -143,7 +146,8 @@ def _score_tile(
     ADDED: tl.constexpr = FEW_IMAGES and not (CORRELATION or EXACT)  # norms and priors are one more step
     PARTS: tl.constexpr = COLUMNS // PART
     width = n_classes.to(tl.int64) * stride
-    below = n_rows // n_shifts * width  # from norms by high weights to those by low ones
+    pitch = width if EXACT else 2 * width
+    below = n_rows // n_shifts * pitch  # from norms by high weights to those by low ones
     line = norms + k.to(tl.int64) * stride
     row = first_row + tl.arange(0, ROWS)
     of_row = row < n_rows
@@ -153,9 +157,10 @@ def _score_tile(
         column = first + tl.arange(0, COLUMNS)
         # to the padded width, whose alignment the compiler knows
         inside = (starts < tl.minimum(first_row + ROWS, n_rows))[:, None] & (column < stride)[None, :]
-        place = line + its.to(tl.int64)[:, None] * width + column[None, :]
+        place = line + its.to(tl.int64)[:, None] * pitch + column[None, :]
     if ADDED:  # arrive while the product is made
-        rest, rest_low = tl.load(place, inside, other=0.0), tl.load(place + below, inside, other=0.0)
+        rest, more = tl.load(place, inside, other=0.0), tl.load(place + width, inside, other=0.0)
+        more += tl.load(place + below, inside, other=0.0)
         prior = tl.load(orientation_prior + k * per_class + column, column < per_class, other=float("-inf"))
         scale = tl.load(unit)
 
@@ -191,7 +196,7 @@ def _score_tile(
         of_image = (row[:, None] >= starts[None, :]) & (row[:, None] < (starts + n_shifts)[None, :])
         one = tl.where(of_image, 1.0, 0.0)
         if ADDED:
-            rest = (rest + rest_low) * scale - prior[None, :]
+            rest = (rest + more) * scale - prior[None, :]
             if CONSTANT:
                 of_its = tl.load(constant + its, starts < n_rows, other=0.0)
                 rest -= (of_its + (-2 * of_its).to(tl.float32).to(tl.float64)).to(tl.float32)[:, None]
@@ -202,7 +207,7 @@ def _score_tile(
         else:
             rest = tl.load(place, inside, other=0.0)
             if not EXACT:
-                rest += tl.load(place + below, inside, other=0.0)
+                rest += tl.load(place + width, inside, other=0.0) + tl.load(place + below, inside, other=0.0)
             norm_parts = _in_parts(rest, PARTS)
     # the tile in parts, so that norms and results do not crowd out the registers
     parts = _in_parts(total, PARTS)
@@ -222,11 +227,11 @@ def _score_tile(
                     norm = tl.dot(one, high, norm, input_precision="tf32")
                     rest -= high
             else:
-                place = line + (row // n_shifts).to(tl.int64)[:, None] * width + column[None, :]
+                place = line + (row // n_shifts).to(tl.int64)[:, None] * pitch + column[None, :]
                 inside = of_row[:, None] & (column < stride)[None, :]
                 norm = tl.load(place, inside, other=0.0)
                 if not EXACT:
-                    norm += tl.load(place + below, inside, other=0.0)
+                    norm += tl.load(place + width, inside, other=0.0) + tl.load(place + below, inside, other=0.0)
             if not EXACT:
                 norm *= tl.load(unit)
             if CORRELATION:

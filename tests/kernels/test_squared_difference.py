@@ -157,7 +157,7 @@ def test_norms_by_half_precision_products() -> None:
     expected = 0.5 * weights @ power.T
     high = weights.half()
     terms = torch.cat([high, (weights - high).half()]).double()
-    low, high = (part[:, :257].double() for part in ready.squares.chunk(2, dim=1)[::-1])
+    high, low = (part[:, :257].double() for part in ready.squares.chunk(2))
     norms = (terms @ (high + low).T * ready.unit.double()).unflatten(0, (2, -1)).sum(0)
     assert float((norms - expected).abs().max()) <= 2**-21 * float(expected.max())
 

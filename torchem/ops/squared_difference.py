@@ -77,8 +77,8 @@ class Projections:
     factor
         `(p,)` what images must be multiplied by in return.
     squares
-        `(k·stride, 2·half)` FP16: |terms|² in high and low terms, for norms by a matrix product; None where norms are
-        summed in double.
+        `(2·k·stride, half)` FP16: |terms|² in high and, below, in low terms, for norms by a matrix product; None where
+        norms are summed in double.
     unit
         `()` what such a product must be multiplied by.
     """
@@ -258,18 +258,17 @@ def prepare_projections(
 
 
 def _squares(terms: Tensor) -> tuple[Tensor, Tensor]:
-    """|terms|² times a power of two, as high and low FP16 terms side by side, `(k·stride, 2·half)`, and that power."""
+    """|terms|² times a power of two, in rows of high and then of low FP16 terms `(2·k·stride, half)`; that power."""
     parts = terms.split(8192)
     peak = torch.stack([extreme for part in parts for extreme in part.aminmax()]).abs().amax().float()
     # sums of two squares reach at most 2^15
     scale = 2.0**14 / _power_of_two(peak.clamp(min=2.0**-40)).square()
-    squares = torch.empty_like(terms, dtype=torch.float16)
-    for part, out in zip(parts, squares.split(8192), strict=True):
+    squares = terms.new_empty((2, len(terms), terms.shape[1] // 2), dtype=torch.float16)
+    for part, high, low in zip(parts, *(half.split(8192) for half in squares), strict=True):
         value = part.unflatten(1, (2, -1)).float().square().sum(1) * scale
-        high, low = out.chunk(2, dim=1)
         high.copy_(value)
         low.copy_(value - high.float())
-    return squares, scale
+    return squares.flatten(0, 1), scale
 
 
 def _power_of_two(x: Tensor) -> Tensor:
@@ -415,14 +414,14 @@ def _by_kernels(
         offset_prior = offset_prior.float().transpose(0, 1).contiguous()
 
     shifted = torch.empty((rows, how.image_terms * 2 * half), dtype=how.dtype, device=device)
-    split = None if exact else torch.empty((2 * n, 2 * half), dtype=torch.float16, device=device)
+    split = None if exact else torch.empty((2 * n, half), dtype=torch.float16, device=device)
     blocks = -(-half // 128)
     weight_programs = 0 if exact else -(-n // 32) * blocks
-    kernels.prepare[(weight_programs + -(-rows // 32) * blocks,)](
+    kernels.prepare[(weight_programs + -(-n // 4) * -(-t // 8) * blocks,)](
         torch.view_as_real(images.contiguous()), weights.contiguous(), torch.view_as_real(phases.contiguous()),
-        projections.factor, power, shifted, split, n, rows, t, p, half // 64, weight_programs,
+        projections.factor, power, shifted, split, n, t, p, half // 64, weight_programs,
         TERMS=how.image_terms, TF32=projections.precision == "tf32", CORRELATION=power is not None,
-        ROWS=32, PIXELS=128, num_warps=8,
+        WEIGHTS=32, IMAGES=4, SHIFTS=8, PIXELS=128, num_warps=8,
     )  # fmt: skip
     if split is None:
         norms = _exact_norms(weights, projections, power, constant)
@@ -460,7 +459,7 @@ def _tiling(how: Precision, rows: int, n_classes: int, per_class: int, processor
     depth = 128 // how.dtype.itemsize
     if -(-rows // 128) * -(-per_class // 256) * n_classes < processors:
         return Tiling(64, 128, depth, 64, warps=4, resident=2)
-    return Tiling(128, 128 if how.products == 3 else 256, depth, 64)
+    return Tiling(128, 128 if how.products == 3 else 256, depth, 64, stages=4)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
