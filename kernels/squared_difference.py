@@ -2,7 +2,7 @@
 
 Layouts: a row of an operand is [real parts | imaginary parts], each padded to ``half`` values; operands in two terms
 hold them side by side, images as [low | high], projections as [high | low]. Norms are a row for each image; unless
-summed in double, rows of high and then of low weights, in each columns of high and then of low squares, to be added.
+summed in double, the rows of high and then of low weights, to be added.
 Projections, their norms and the result are numbered class by class, each class padded to ``stride`` orientations, a
 multiple of 16. It is handed over divided by 16, and ``half`` by 64, so that the compiler sees that wide loads and
 stores are aligned. All sizes are run-time integers.
@@ -60,7 +60,7 @@ def _phase_shift(
 @triton.jit
 def _split_weights(
     weights, factor, split, n_images, n_pixels, half, program,
-    CORRELATION: tl.constexpr, IMAGES: tl.constexpr, PIXELS: tl.constexpr,
+    TERMS: tl.constexpr, CORRELATION: tl.constexpr, IMAGES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Write PIXELS weights of IMAGES, for whitened projections, as the high and low rows of the norms' product."""
     pixel_blocks = tl.cdiv(half, PIXELS)
@@ -74,10 +74,12 @@ def _split_weights(
         w *= (scale * scale)[None, :]
     high = w.to(split.dtype.element_ty)
     low = (w - high.to(tl.float32)).to(split.dtype.element_ty)
-    out = split + image.to(tl.int64)[:, None] * half + pixel[None, :]
+    out = split + image.to(tl.int64)[:, None] * (TERMS * half) + pixel[None, :]
     keep = of_image & (pixel < half)[None, :]
-    tl.store(out, high, keep)
-    tl.store(out + n_images.to(tl.int64) * half, low, keep)
+    lower = n_images.to(tl.int64) * (TERMS * half)
+    for term in tl.static_range(TERMS):  # of the squared projections
+        tl.store(out + term * half, high, keep)
+        tl.store(out + lower + term * half, low, keep)
 
 
 @triton.jit(do_not_specialize=("n_images", "n_shifts", "n_pixels", "half64", "weight_programs"))
@@ -91,7 +93,9 @@ def prepare(
     program, half = tl.program_id(0), half64 * 64
     if split is not None:  # exact norms need no weights from here
         if program < weight_programs:
-            _split_weights(weights, factor, split, n_images, n_pixels, half, program, CORRELATION, WEIGHTS, PIXELS)
+            _split_weights(
+                weights, factor, split, n_images, n_pixels, half, program, TERMS, CORRELATION, WEIGHTS, PIXELS
+            )  # fmt: skip
     if program >= weight_programs:
         _phase_shift(
             images, phases, factor, power, shifted, n_images, n_shifts, n_pixels, half, program - weight_programs,
@@ -146,8 +150,7 @@ def _score_tile(
     ADDED: tl.constexpr = FEW_IMAGES and not (CORRELATION or EXACT)  # norms and priors are one more step
     PARTS: tl.constexpr = COLUMNS // PART
     width = n_classes.to(tl.int64) * stride
-    pitch = width if EXACT else 2 * width
-    below = n_rows // n_shifts * pitch  # from norms by high weights to those by low ones
+    below = n_rows // n_shifts * width  # from norms by high weights to those by low ones
     line = norms + k.to(tl.int64) * stride
     row = first_row + tl.arange(0, ROWS)
     of_row = row < n_rows
@@ -157,10 +160,9 @@ def _score_tile(
         column = first + tl.arange(0, COLUMNS)
         # to the padded width, whose alignment the compiler knows
         inside = (starts < tl.minimum(first_row + ROWS, n_rows))[:, None] & (column < stride)[None, :]
-        place = line + its.to(tl.int64)[:, None] * pitch + column[None, :]
+        place = line + its.to(tl.int64)[:, None] * width + column[None, :]
     if ADDED:  # arrive while the product is made
-        rest, more = tl.load(place, inside, other=0.0), tl.load(place + width, inside, other=0.0)
-        more += tl.load(place + below, inside, other=0.0)
+        rest, rest_low = tl.load(place, inside, other=0.0), tl.load(place + below, inside, other=0.0)
         prior = tl.load(orientation_prior + k * per_class + column, column < per_class, other=float("-inf"))
         scale = tl.load(unit)
 
@@ -196,7 +198,7 @@ def _score_tile(
         of_image = (row[:, None] >= starts[None, :]) & (row[:, None] < (starts + n_shifts)[None, :])
         one = tl.where(of_image, 1.0, 0.0)
         if ADDED:
-            rest = (rest + more) * scale - prior[None, :]
+            rest = (rest + rest_low) * scale - prior[None, :]
             if CONSTANT:
                 of_its = tl.load(constant + its, starts < n_rows, other=0.0)
                 rest -= (of_its + (-2 * of_its).to(tl.float32).to(tl.float64)).to(tl.float32)[:, None]
@@ -207,7 +209,7 @@ def _score_tile(
         else:
             rest = tl.load(place, inside, other=0.0)
             if not EXACT:
-                rest += tl.load(place + width, inside, other=0.0) + tl.load(place + below, inside, other=0.0)
+                rest += tl.load(place + below, inside, other=0.0)
             norm_parts = _in_parts(rest, PARTS)
     # the tile in parts, so that norms and results do not crowd out the registers
     parts = _in_parts(total, PARTS)
@@ -227,11 +229,11 @@ def _score_tile(
                     norm = tl.dot(one, high, norm, input_precision="tf32")
                     rest -= high
             else:
-                place = line + (row // n_shifts).to(tl.int64)[:, None] * pitch + column[None, :]
+                place = line + (row // n_shifts).to(tl.int64)[:, None] * width + column[None, :]
                 inside = of_row[:, None] & (column < stride)[None, :]
                 norm = tl.load(place, inside, other=0.0)
                 if not EXACT:
-                    norm += tl.load(place + width, inside, other=0.0) + tl.load(place + below, inside, other=0.0)
+                    norm += tl.load(place + below, inside, other=0.0)
             if not EXACT:
                 norm *= tl.load(unit)
             if CORRELATION:

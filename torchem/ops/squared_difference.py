@@ -42,9 +42,9 @@ PRECISIONS = {
     "fp64": Precision(torch.float64, 1, 1, 1, "ieee"),  # by PyTorch, on the FP64 tensor cores
 }
 # The largest Σ|C·P/σ|² for which each keeps log weights within 20 of the best to 0.02 (rms). Rounded projections cost
-# noise × rounding, as the square root; an image rounded anew at every shift costs signal × rounding, in proportion, so
-# images are split first. Sums in float32 lose 0.03 and more from 10⁵ on.
-LADDER = {"fp16": 500.0, "split": 2500.0, "three": 3e4, "fp64": float("inf")}
+# noise × rounding, as the square root; an image rounded anew at every shift, and squared projections, cost signal ×
+# rounding, in proportion, so these are split first. Sums in float32 lose 0.03 and more from 10⁵ on.
+LADDER = {"fp16": 400.0, "split": 2500.0, "three": 3e4, "fp64": float("inf")}
 CPU_LADDER = {"fp32": 1e4, "fp64": float("inf")}
 
 
@@ -77,7 +77,7 @@ class Projections:
     factor
         `(p,)` what images must be multiplied by in return.
     squares
-        `(2·k·stride, half)` FP16: |terms|² in high and, below, in low terms, for norms by a matrix product; None where
+        `(k·stride, n·half)` FP16: |terms|² in as many terms n as images have, for norms by a matrix product; None where
         norms are summed in double.
     unit
         `()` what such a product must be multiplied by.
@@ -252,23 +252,23 @@ def prepare_projections(
                 terms[k, part, 1, :, :p] = (planes - high.float()).to(how.dtype)
     result.terms = terms.flatten(2).flatten(0, 1)
     if n == 1 and how.mode != "ieee":
-        result.squares, scale = _squares(result.terms)
+        result.squares, scale = _squares(result.terms, how.image_terms)
         result.unit = (0.5 if result.whitened else p) / scale
     return result
 
 
-def _squares(terms: Tensor) -> tuple[Tensor, Tensor]:
-    """|terms|² times a power of two, in rows of high and then of low FP16 terms `(2·k·stride, half)`; that power."""
+def _squares(terms: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """|terms|² times a power of two as n FP16 terms side by side, highest first, `(k·stride, n·half)`; that power."""
     parts = terms.split(8192)
     peak = torch.stack([extreme for part in parts for extreme in part.aminmax()]).abs().amax().float()
     # sums of two squares reach at most 2^15
     scale = 2.0**14 / _power_of_two(peak.clamp(min=2.0**-40)).square()
-    squares = terms.new_empty((2, len(terms), terms.shape[1] // 2), dtype=torch.float16)
-    for part, high, low in zip(parts, *(half.split(8192) for half in squares), strict=True):
-        value = part.unflatten(1, (2, -1)).float().square().sum(1) * scale
-        high.copy_(value)
-        low.copy_(value - high.float())
-    return squares.flatten(0, 1), scale
+    squares = terms.new_empty((len(terms), n * terms.shape[1] // 2), dtype=torch.float16)
+    for part, out in zip(parts, squares.split(8192), strict=True):
+        rest = part.unflatten(1, (2, -1)).float().square().sum(1) * scale
+        for term in out.chunk(n, dim=1):
+            rest -= term.copy_(rest)
+    return squares, scale
 
 
 def _power_of_two(x: Tensor) -> Tensor:
@@ -414,7 +414,7 @@ def _by_kernels(
         offset_prior = offset_prior.float().transpose(0, 1).contiguous()
 
     shifted = torch.empty((rows, how.image_terms * 2 * half), dtype=how.dtype, device=device)
-    split = None if exact else torch.empty((2 * n, half), dtype=torch.float16, device=device)
+    split = None if exact else torch.empty((2 * n, how.image_terms * half), dtype=torch.float16, device=device)
     blocks = -(-half // 128)
     weight_programs = 0 if exact else -(-n // 32) * blocks
     kernels.prepare[(weight_programs + -(-n // 4) * -(-t // 8) * blocks,)](
