@@ -415,13 +415,13 @@ def _by_kernels(
 
     shifted = torch.empty((rows, how.image_terms * 2 * half), dtype=how.dtype, device=device)
     split = None if exact else torch.empty((2 * n, how.image_terms * half), dtype=torch.float16, device=device)
-    blocks = -(-half // 128)
+    blocks = half // 64
     weight_programs = 0 if exact else -(-n // 32) * blocks
     kernels.prepare[(weight_programs + -(-n // 4) * -(-t // 8) * blocks,)](
         torch.view_as_real(images.contiguous()), weights.contiguous(), torch.view_as_real(phases.contiguous()),
         projections.factor, power, shifted, split, n, t, p, half // 64, weight_programs,
         TERMS=how.image_terms, TF32=projections.precision == "tf32", CORRELATION=power is not None,
-        WEIGHTS=32, IMAGES=4, SHIFTS=8, PIXELS=128, num_warps=8,
+        WEIGHTS=32, IMAGES=4, SHIFTS=8, PIXELS=64, num_warps=4,
     )  # fmt: skip
     if split is None:
         norms = _exact_norms(weights, projections, power, constant)
