@@ -28,14 +28,14 @@ class Recorder(Expectation):
         self.samples: list[Samples] = []
         self.fine: list[tuple[Samples, Tensor, Tensor]] = []
 
-    def _global_samples(self, slab, values, *args):
-        found = super()._global_samples(slab, values, *args)
+    def _global_samples(self, values, *args):
+        found = super()._global_samples(values, *args)
         every = values.transpose(1, 2).flatten(1)
         columns = torch.arange(every.shape[1]).expand_as(every)
         if self.settings.cross_correlation:
             # the others are not compared: the scale of a correlation means nothing
-            every, columns = (values.gather(1, found[1][:, None]) for values in (every, columns))
-        particles = slab.start + torch.arange(len(every))
+            every, columns = (values.gather(1, found.column[:, None]) for values in (every, columns))
+        particles = torch.arange(len(every))
         self.candidates.append((particles[:, None].expand_as(every).flatten(), columns.flatten(), every.flatten()))
         return found
 

@@ -9,6 +9,7 @@ its particles, and their numerators are added before anything is scattered.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ DENSE_SUPPORT = {"cpu": 0.6, "cuda": 0.07}
 
 # slices that say how strong all of them are
 SOME_SLICES = 64
+
+# of one particle in a local search: within 3 sigma of its pose, sigma being a coarse step
+LOCAL_ORIENTATIONS = 200
 
 
 @dataclass
@@ -105,6 +109,16 @@ class Samples:
         return Samples(
             self.particle[inside] - part.start, self.column[inside], self.log_prior[inside], self.significant[part]
         )
+
+    @staticmethod
+    def joined(parts: "list[Samples]") -> "Samples":
+        """Those of neighbouring ranges of particles."""
+        if len(parts) == 1:
+            return parts[0]
+        starts = accumulate((len(part.significant) for part in parts), initial=0)
+        particle = [part.particle + start for part, start in zip(parts, starts, strict=False)]
+        others = zip(*((part.column, part.log_prior, part.significant) for part in parts), strict=True)
+        return Samples(torch.cat(particle), *map(torch.cat, others))
 
 
 @dataclass
@@ -181,20 +195,38 @@ class Expectation:
         """
         inverse_sigma2 = self._inverse_sigma2(batch, optics_group)
         scale = self.model.scale[group].to(self.dtype)[:, None]
-        with memory.scope("chunk"):
-            samples = memory.keep(self._coarse_pass(batch, inverse_sigma2, scale, last_euler), "batch")
         results = []
-        for part in self._parts(samples):
-            with memory.scope("chunk"):
-                results.append(memory.keep(self._fine_part(
-                    batch[part], samples[part], optics_group, group[part], norm_correction[part], inverse_sigma2,
-                    scale[part],
-                ), "batch"))  # fmt: skip
+        for start, samples in self._significant(batch, inverse_sigma2, scale, last_euler):
+            for part in self._parts(samples):
+                here = slice(start + part.start, start + part.stop)
+                with memory.scope("chunk"):
+                    results.append(memory.keep(self._fine_part(
+                        batch[here], samples[part], optics_group, group[here], norm_correction[here], inverse_sigma2,
+                        scale[here],
+                    ), "batch"))  # fmt: skip
         if len(results) == 1:
             return results[0]
         return BatchResult(
             *(torch.cat(values) for values in zip(*(vars(r).values() for r in results), strict=True))
         )
+
+    def _significant(
+        self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, last_euler: Tensor
+    ) -> Iterator[tuple[int, Samples]]:
+        """The significant samples of all particles, as many as suit a fine pass at once, and the first particle."""
+        grid, block = self.grid, self.grid.orientation_children * self.grid.translation_children
+        orientations = grid.n_orientations if self.settings.local_sigma is None else LOCAL_ORIENTATIONS
+        every = self.model.n_classes * orientations * grid.n_translations
+        slab, most = max(1, self.settings.chunk_elements // every), self.settings.fine_weights // block
+        first, found = 0, list[Samples]()
+        for start in range(0, len(batch), slab):
+            here = slice(start, min(start + slab, len(batch)))
+            with memory.scope("chunk"):
+                samples = self._coarse_pass(batch[here], inverse_sigma2, scale[here], last_euler[here])
+                found.append(memory.keep(samples, "batch"))
+            if here.stop == len(batch) or sum(len(part.column) for part in found) >= most:
+                yield first, Samples.joined(found)
+                first, found = here.stop, []
 
     def _fine_part(
         self, batch: ImageBatch, samples: Samples, optics_group: int, group: Tensor, norm_correction: Tensor,
@@ -277,20 +309,16 @@ class Expectation:
         if sigma is not None:
             return self._local_samples(batch, operands, phases, offset_prior, last_euler, sigma)
         prior = None if self.settings.cross_correlation else self._orientation_log_prior()
-        parts = []
-        for slab, found in self._global_log_weights(batch, inverse_sigma2, operands, phases, prior, offset_prior):
-            parts.append(self._global_samples(slab, found.values, found.log_total(), prior, offset_prior[slab]))
-            del found  # gone before the next ones are made
-        particle, column, log_prior = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Samples(particle, column, log_prior, row_starts(particle, len(batch)).diff())
+        found = self._global_log_weights(batch, inverse_sigma2, operands, phases, prior, offset_prior)
+        return self._global_samples(found.values, found.log_total(), prior, offset_prior)
 
     def _global_log_weights(
         self, batch: ImageBatch, inverse_sigma2: Tensor, operands: tuple, phases: Tensor, prior: Tensor | None,
         offset_prior: Tensor,
-    ) -> Iterator[tuple[slice, LogWeights]]:  # fmt: skip
-        """A range of particles and their log weights `(n, t, k·r)` at every coarse sample, slab after slab."""
+    ) -> LogWeights:  # fmt: skip
+        """Log weights `(n, t, k·r)` at every coarse sample."""
         images, weights, power = operands
-        n_pixels, n_shifts = images.shape[1], len(phases)
+        n_pixels = images.shape[1]
         key = batch.geometry.optics
         if key not in self._coarse_projections:
             everything = torch.arange(self.model.n_classes * self.grid.n_orientations, device=images.device)
@@ -302,13 +330,9 @@ class Expectation:
                 self._projections(slices, inverse_sigma2, weights), "iteration"
             )
         projections = self._coarse_projections[key]
-        most = max(1, self.settings.chunk_elements // (len(projections.values) * n_shifts))
-        for start in range(0, len(batch), most):
-            slab = slice(start, start + most)
-            yield slab, log_weights(
-                images[slab], weights[slab], projections, phases, prior,
-                None if prior is None else offset_prior[slab], None if power is None else power[slab],
-            )  # fmt: skip
+        return log_weights(
+            images, weights, projections, phases, prior, None if prior is None else offset_prior, power
+        )
 
     def _projections(self, slices: Slices, inverse_sigma2: Tensor, weights: Tensor) -> Projections:
         """Slices made ready for matrix products, as precise as these images `(n, p)` of weights need."""
@@ -337,14 +361,15 @@ class Expectation:
         return self._shared.half_precision
 
     def _global_samples(
-        self, slab: slice, values: Tensor, log_total: Tensor, prior: Tensor | None, offset_prior: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Particle, column and log prior of the significant samples of one slab."""
+        self, values: Tensor, log_total: Tensor, prior: Tensor | None, offset_prior: Tensor
+    ) -> Samples:
+        """The significant samples of log weights `(n, t, k·r)`."""
         n, n_shifts, n_orientations = values.shape
         if prior is None:
             # winner takes all, and no priors
             best = values.transpose(1, 2).reshape(n, -1).max(1).indices
-            return slab.start + torch.arange(n, device=best.device), best, torch.zeros_like(best, dtype=torch.float64)
+            each = torch.arange(n, device=best.device)
+            return Samples(each, best, torch.zeros_like(best, dtype=torch.float64), torch.ones_like(best))
         row, place = significant_of_rows(values.flatten(1), log_total, self.settings.adaptive_fraction)
         column = place % n_orientations * n_shifts + place // n_orientations
         # by particle, then column
@@ -353,7 +378,7 @@ class Expectation:
         row, column = sample // n_columns, sample % n_columns
         orientation, shift = column // n_shifts, column % n_shifts
         log_prior = prior[orientation] + offset_prior[row, orientation // self.grid.n_orientations, shift]
-        return slab.start + row, column, log_prior
+        return Samples(row, column, log_prior, row_starts(row, n).diff())
 
     def _orientation_log_prior(self) -> Tensor:
         """`(k·r,)`: log probability of each orientation's direction (2D: of its class), relative to the mean."""

@@ -126,6 +126,8 @@ class ImageBatch:
 
     def __getitem__(self, part: slice) -> "ImageBatch":
         """A range of the particles."""
+        if part == slice(0, len(self)):
+            return self
         mine: dict[str, Any] = {name: value[part] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **mine)
 

@@ -19,8 +19,8 @@ BYTES_PER_SLICE_PIXEL, BYTES_WHILE_CUT = 24, {"cpu": 24, "cuda": 56}
 # bytes for each voxel of a map at Nyquist, padding 2: maps and voxel lists; volume and both halves' sums; the M-step,
 # and what it takes more for copies by symmetry
 BYTES_PER_VOXEL, BYTES_OF_COPIES = {"run": 70, "iteration": 150, "chunk": 215}, 105
-# bytes for each significant coarse sample of a batch, and while they are found
-BYTES_PER_SAMPLE, BYTES_WHILE_FOUND = 28, 64
+# bytes for each significant coarse sample, twice while those of several chunks are joined, and while they are found
+BYTES_PER_SAMPLE, BYTES_WHILE_FOUND = 56, 64
 # lists of pixels, grids of samples; on a GPU also what its libraries keep for products
 LISTS_BYTES = {"cpu": 2**20, "cuda": 2**27}
 # errors of a pose that are tried at once
@@ -64,7 +64,8 @@ class Plan:
 
 def make_plan(
     n_particles: int, box: int, device: torch.device, dtype: torch.dtype, *, map_box: int | None = None,
-    symmetric: bool = False, samples: int = 0, table: int = 0, lists: int = 0, noise: bool = False, limit: int = 0,
+    symmetric: bool = False, samples: int = 0, children: int = 32, table: int = 0, lists: int = 0, noise: bool = False,
+    limit: int = 0,
 ) -> Plan:  # fmt: skip
     """Divide the free memory beside the volumes: a quarter each for images, a batch, and a chunk or fine weights.
 
@@ -80,6 +81,8 @@ def make_plan(
         the point group is not C1.
     samples
         coarse samples of a particle that may be significant.
+    children
+        fine samples of each.
     table
         complex values in the largest table of coarse slices.
     lists
@@ -110,7 +113,6 @@ def make_plan(
     # a batch also holds whole transforms of its images while it is prepared
     pixels = width * box * box // 2
     per_particle = (BYTES_PER_NOISE_PIXEL if noise else BYTES_PER_BATCH_PIXEL) * pixels
-    per_particle = max(per_particle, (BYTES_PER_SAMPLE + BYTES_WHILE_FOUND) * samples)
     batch = max(1, min(n_particles, quarter // per_particle))
     # more than this gains nothing
     most_chunk, most_weights = (2**24, 2**24) if device.type == "cpu" else (2**27, 2**28)
@@ -123,11 +125,14 @@ def make_plan(
     cut = width * BYTES_WHILE_CUT[device.type] * max(table, trials)
     # the fine pass by dense matrix products holds slices of all orientations, too, as many as there may be weights
     fine = width * (BYTES_PER_FINE_WEIGHT + BYTES_WHILE_CUT[device.type]) * weights
-    work = max(width * BYTES_PER_CHUNK_ELEMENT * chunk, fine, cut, BYTES_WHILE_FOUND * samples * batch)
+    # samples are found a chunk at a time, those of a particle at least, and held until they fill a fine pass
+    found = min(max(chunk, samples), samples * batch)
+    held = min(found + weights // children, samples * batch)
+    work = max(width * BYTES_PER_CHUNK_ELEMENT * chunk, fine, cut, BYTES_WHILE_FOUND * found)
     plan = Plan(chunk, weights, batch, keep, needs)
     # what images, batches and chunks take beside the volumes; of images one batch is worked on and two are read ahead
     needs["run"] += image_bytes * (n_particles if keep else 3 * batch)
-    needs["batch"] = (BYTES_PER_PREPARED_PIXEL * pixels + BYTES_PER_SAMPLE * samples) * batch
+    needs["batch"] = BYTES_PER_PREPARED_PIXEL * pixels * batch + BYTES_PER_SAMPLE * held
     needs["chunk"] = max(needs["chunk"], (BYTES_PER_BATCH_PIXEL - BYTES_PER_PREPARED_PIXEL) * pixels * batch + work)
     if sum(needs.values()) > free:
         raise InputError(

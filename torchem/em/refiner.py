@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchem.data.particles import Particles
 from torchem.em import schedule
-from torchem.em.expectation import Expectation, ExpectationSettings, Shared
+from torchem.em.expectation import LOCAL_ORIENTATIONS, Expectation, ExpectationSettings, Shared
 from torchem.em.images import ImageGeometry, ParticleImages, modulations, prepare_images
 from torchem.em.maximization import Joined, update_halves, update_parameters
 from torchem.em.options import RefineOptions
@@ -43,8 +43,6 @@ log = logging.getLogger(__name__)
 PADDING = 2
 MASK_EDGE_PX = 5.0
 FSC_THRESHOLD = 0.143
-# within 3 sigma of a pose, sigma being a coarse step
-LOCAL_ORIENTATIONS = 200
 # numbers noted for a particle: matrix, offset, five figures of BatchResult, and 1 for done
 FOUND = 9 + 2 + 5 + 1
 
@@ -238,7 +236,8 @@ class Refiner:
         self.plan = make_plan(
             len(self.mine), max(o.box for o in self.optics), self.device, self.dtype, map_box=self.box,
             symmetric=len(self.operators) > 1, samples=self._most_samples(), table=self._largest_table(),
-            lists=self._lists_bytes(), noise=not options.zero_mask, limit=options.memory.limit_bytes(),
+            children=32**options.sampling.oversampling, lists=self._lists_bytes(), noise=not options.zero_mask,
+            limit=options.memory.limit_bytes(),
         )  # fmt: skip
         log.info("plan: %s", self.plan)
         self.images = ParticleImages(particles, self.dtype, self.device, self.plan.keep_images)

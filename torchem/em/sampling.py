@@ -190,20 +190,14 @@ class Grid:
         -------
         particle `(m,)`, ascending; orientation `(m,)`, ascending for each particle; log prior `(m,)`.
         """
-        n, g, d = len(euler), len(operators), self.n_directions
-        # an angle within 3 sigma is a cosine above this one
-        bound = math.cos(math.radians(3 * sigma)) if 3 * sigma < 180 else -2.0
-        all_operators = operators.to(euler).transpose(0, 1).flatten(1)  # (3, g·3)
-        found: list[tuple[Tensor, ...]] = []
-        at_once = max(1, COSINES[self.device.type] // (g * d))
+        n, at_once = len(euler), max(1, COSINES[self.device.type] // (len(operators) * self.n_directions))
+        found = []
         for begin in range(0, n, at_once):
-            poses = rotation_matrix(*euler[begin : begin + at_once].unbind(1))  # (m, 3, 3)
-            mates = (poses.flatten(0, 1) @ all_operators).view(-1, 3, g, 3).transpose(1, 2)
-            cosine = (mates[:, :, 2].reshape(-1, 3) @ self.views.T).view(len(poses), -1)  # (m, g·d)
-            near = (cosine > bound).scatter_(1, cosine.argmax(1, keepdim=True), True)
-            particle, sample = torch.nonzero(near, as_tuple=True)
-            mate = sample // d
-            found.append((begin + particle, sample % d, cosine[particle, sample], psi_angle(mates)[particle, mate]))
+            with memory.scope("chunk"):
+                near = self._near(euler[begin : begin + at_once], sigma, operators)
+                near[0].add_(begin)
+                found.append(memory.keep(near, "batch"))
+                del near
         particle, direction, cosine, psi = (torch.cat(part) for part in zip(*found, strict=True))
         distance = torch.rad2deg(torch.acos(cosine.clamp_(-1, 1)))
         log_prior = -0.5 * (distance / sigma) ** 2
@@ -226,6 +220,19 @@ class Grid:
         key, inverse = torch.unique(particle[row] * self.n_orientations + orientation, return_inverse=True)
         prior = torch.zeros_like(key, dtype=log_prior.dtype).index_add_(0, inverse, log_prior.exp_())
         return key // self.n_orientations, key % self.n_orientations, prior.log_()
+
+    def _near(self, euler: Tensor, sigma: float, operators: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Poses, directions within 3 sigma of them or a mate (or the nearest), cosines of these angles, the mates' psi."""
+        d = self.n_directions
+        # an angle within 3 sigma is a cosine above this one
+        bound = math.cos(math.radians(3 * sigma)) if 3 * sigma < 180 else -2.0
+        all_operators = operators.to(euler).transpose(0, 1).flatten(1)  # (3, g·3)
+        poses = rotation_matrix(*euler.unbind(1))  # (m, 3, 3)
+        mates = (poses.flatten(0, 1) @ all_operators).view(len(poses), 3, -1, 3).transpose(1, 2)  # (m, g, 3, 3)
+        cosine = (mates[:, :, 2].reshape(-1, 3) @ self.views.T).view(len(poses), -1)  # (m, g·d)
+        near = (cosine > bound).scatter_(1, cosine.argmax(1, keepdim=True), True)
+        pose, sample = torch.nonzero(near, as_tuple=True)
+        return pose, sample % d, cosine[pose, sample], psi_angle(mates)[pose, sample // d]
 
     def _angles(self, order: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
         colatitude, longitude = healpix.pix2ang(2**order, pixels.numpy(), nest=True)
