@@ -194,10 +194,10 @@ class Grid:
         found = []
         for begin in range(0, n, at_once):
             with memory.scope("chunk"):
-                near = self._near(euler[begin : begin + at_once], sigma, operators)
-                near[0].add_(begin)
-                found.append(memory.keep(near, "batch"))
-                del near
+                some = self._near(euler[begin : begin + at_once], sigma, operators)
+                some[0].add_(begin)
+                found.append(memory.keep(some, "batch"))
+                del some
         particle, direction, cosine, psi = (torch.cat(part) for part in zip(*found, strict=True))
         distance = torch.rad2deg(torch.acos(cosine.clamp_(-1, 1)))
         log_prior = -0.5 * (distance / sigma) ** 2
@@ -222,7 +222,7 @@ class Grid:
         return key // self.n_orientations, key % self.n_orientations, prior.log_()
 
     def _near(self, euler: Tensor, sigma: float, operators: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Poses, directions within 3 sigma of them or a mate (or the nearest), cosines of these angles, the mates' psi."""
+        """Poses, directions within 3 sigma of them or a mate (or the nearest), cosines of the angles, mates' psi."""
         d = self.n_directions
         # an angle within 3 sigma is a cosine above this one
         bound = math.cos(math.radians(3 * sigma)) if 3 * sigma < 180 else -2.0
