@@ -16,7 +16,7 @@ LINES = ("operation", "stage", "allocator", "precision", "backend", "determinist
 # what else a reader wants to know of a case, in words
 GIVEN = {
     "device": "{}", "n_particles": "{} particles", "box": "{} px", "last_ring": "last ring {} px",
-    "n_references": "{} references", "n_orientations": "{} orientations", "n_shifts": "{} shifts",
+    "n_references": "K = {}", "n_orientations": "{} orientations", "n_shifts": "{} shifts",
 }  # fmt: skip
 UNITS = {"box": "box (px)", "x_range": "x_range, y_range (± px)"}
 FLOOR = "floor: products and memory alone, at this device's rates"
