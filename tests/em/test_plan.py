@@ -36,3 +36,14 @@ def test_many_samples_make_no_small_batches(monkeypatch: pytest.MonkeyPatch) -> 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"are needed and 0\.50 are there.*memory\.limit"):
         planned(monkeypatch, GIB // 2)
+
+
+@pytest.mark.parametrize(("box", "n_particles"), [(64, 100_000), (128, 50_000), (128, 200_000), (192, 100_000)])
+def test_more_memory_is_never_too_little(monkeypatch: pytest.MonkeyPatch, box: int, n_particles: int) -> None:
+    refused = []
+    for free in range(1, 400):
+        try:
+            planned(monkeypatch, free * GIB // 5, box=box, n_particles=n_particles)
+        except InputError:
+            refused.append(free)
+    assert refused == list(range(1, len(refused) + 1))

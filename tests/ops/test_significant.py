@@ -48,8 +48,9 @@ def test_single_samples_and_the_impossible() -> None:
     assert by_rows([[0.0, -50.0, -700.0, -80000.0]]) == [[True, False, False, False]]
 
 
-def test_everything_is_kept_for_a_fraction_of_one() -> None:
-    assert by_rows([[0.0, -5.0, -30.0]], 1.0) == [[True] * 3]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_everything_is_kept_for_a_fraction_of_one(dtype: torch.dtype) -> None:
+    assert by_rows([[0.0, -5.0, -30.0], [2.0], [-1.0, 4.0]], 1.0, dtype) == [[True] * 3, [True], [True] * 2]
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.999])

@@ -28,7 +28,6 @@ from torchem.ops.slices import Slices
 from torchem.ops.squared_difference import (
     CPU_LADDER,
     LADDER,
-    LogWeights,
     Projections,
     choose_precision,
     log_weights,
@@ -63,7 +62,7 @@ class ExpectationSettings:
     chunk_elements
         largest number of complex values that one step may hold in one temporary.
     fine_weights
-        largest number of fine-pass weights held at once.
+        largest number of fine-pass weights held at once; about so many samples are found before a fine pass.
     """
 
     current_size: int
@@ -85,11 +84,12 @@ class Shared:
     ramps
         by optics group: phases of coarse `(t, p)` and of fine translations `(t·j, p)`, at the pixels of each pass.
     half_precision
-        whether kernels may take slices from volumes in half precision: the first images speak for all.
+        by optics group and number of pixels: whether kernels may take slices from volumes in half precision; the first
+        images speak for all.
     """
 
     ramps: dict[Optics, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    half_precision: bool | None = None
+    half_precision: dict[tuple[Optics, int], bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -204,6 +204,7 @@ class Expectation:
                         batch[here], samples[part], optics_group, group[here], norm_correction[here], inverse_sigma2,
                         scale[here],
                     ), "batch"))  # fmt: skip
+            del samples  # gone before the next ones are found
         if len(results) == 1:
             return results[0]
         return BatchResult(
@@ -213,20 +214,26 @@ class Expectation:
     def _significant(
         self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, last_euler: Tensor
     ) -> Iterator[tuple[int, Samples]]:
-        """The significant samples of all particles, as many as suit a fine pass at once, and the first particle."""
-        grid, block = self.grid, self.grid.orientation_children * self.grid.translation_children
-        orientations = grid.n_orientations if self.settings.local_sigma is None else LOCAL_ORIENTATIONS
-        every = self.model.n_classes * orientations * grid.n_translations
-        slab, most = max(1, self.settings.chunk_elements // every), self.settings.fine_weights // block
+        """Range after range of the particles, where it begins and its significant samples, enough for a fine pass."""
+        orientations = LOCAL_ORIENTATIONS
+        if self.settings.local_sigma is None:
+            orientations = self.grid.n_orientations
+            with memory.scope("chunk"):
+                self._coarse_table(batch, inverse_sigma2, scale)  # as precise as all of its images need
+        every = self.model.n_classes * orientations * self.grid.n_translations
+        slab = max(1, self.settings.chunk_elements // every)
         first, found = 0, list[Samples]()
         for start in range(0, len(batch), slab):
             here = slice(start, min(start + slab, len(batch)))
             with memory.scope("chunk"):
                 samples = self._coarse_pass(batch[here], inverse_sigma2, scale[here], last_euler[here])
                 found.append(memory.keep(samples, "batch"))
-            if here.stop == len(batch) or sum(len(part.column) for part in found) >= most:
-                yield first, Samples.joined(found)
-                first, found = here.stop, []
+                del samples
+            if here.stop == len(batch) or sum(len(part.column) for part in found) >= self._samples_at_once:
+                joined, found = Samples.joined(found), []
+                yield first, joined
+                first = here.stop
+                del joined
 
     def _fine_part(
         self, batch: ImageBatch, samples: Samples, optics_group: int, group: Tensor, norm_correction: Tensor,
@@ -252,10 +259,14 @@ class Expectation:
             ramps[geometry.optics] = memory.keep((coarse.contiguous(), fine), "iteration")
         return ramps[geometry.optics]
 
+    @property
+    def _samples_at_once(self) -> int:
+        """How many samples' fine weights may be held."""
+        return max(1, self.settings.fine_weights // (self.grid.orientation_children * self.grid.translation_children))
+
     def _parts(self, samples: Samples) -> Iterator[slice]:
         """Ranges of particles whose fine weights may be held at once."""
-        block = self.grid.orientation_children * self.grid.translation_children
-        most = max(1, self.settings.fine_weights // block)
+        most = self._samples_at_once
         if len(samples.column) <= most:
             yield slice(0, len(samples.significant))
             return
@@ -308,31 +319,28 @@ class Expectation:
         sigma = self.settings.local_sigma
         if sigma is not None:
             return self._local_samples(batch, operands, phases, offset_prior, last_euler, sigma)
+        images, weights, power = operands
         prior = None if self.settings.cross_correlation else self._orientation_log_prior()
-        found = self._global_log_weights(batch, inverse_sigma2, operands, phases, prior, offset_prior)
+        found = log_weights(
+            images, weights, self._coarse_table(batch, inverse_sigma2, scale), phases, prior,
+            None if prior is None else offset_prior, power,
+        )  # fmt: skip
         return self._global_samples(found.values, found.log_total(), prior, offset_prior)
 
-    def _global_log_weights(
-        self, batch: ImageBatch, inverse_sigma2: Tensor, operands: tuple, phases: Tensor, prior: Tensor | None,
-        offset_prior: Tensor,
-    ) -> LogWeights:  # fmt: skip
-        """Log weights `(n, t, k·r)` at every coarse sample."""
-        images, weights, power = operands
-        n_pixels = images.shape[1]
+    def _coarse_table(self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor) -> Projections:
+        """Slices at all coarse orientations, made ready for the first batch of an optics group and kept for all."""
         key = batch.geometry.optics
         if key not in self._coarse_projections:
-            everything = torch.arange(self.model.n_classes * self.grid.n_orientations, device=images.device)
+            n_pixels = batch.geometry.count(self.settings.coarse_size)
+            _, weights, _ = self._score_operands(batch, inverse_sigma2, scale, n_pixels)
+            everything = torch.arange(self.model.n_classes * self.grid.n_orientations, device=weights.device)
             slices = self.references.slices(
                 batch.geometry, everything, n_pixels, fine=False, r_max=self.settings.coarse_size // 2
             )
-            # they serve all batches
             self._coarse_projections[key] = memory.keep(
                 self._projections(slices, inverse_sigma2, weights), "iteration"
             )
-        projections = self._coarse_projections[key]
-        return log_weights(
-            images, weights, projections, phases, prior, None if prior is None else offset_prior, power
-        )
+        return self._coarse_projections[key]
 
     def _projections(self, slices: Slices, inverse_sigma2: Tensor, weights: Tensor) -> Projections:
         """Slices made ready for matrix products, as precise as these images `(n, p)` of weights need."""
@@ -351,14 +359,16 @@ class Expectation:
         self.precisions.add(precision)
         return precision
 
-    def _bears_half_precision(self, slices: Slices, weights: Tensor) -> bool:
+    def _bears_half_precision(self, batch: ImageBatch, slices: Slices, weights: Tensor) -> bool:
         """Whether kernels may take slices from volumes in half precision, for images of these weights `(n, p)`."""
         if not slices.on_gpu:
             return False
-        if self._shared.half_precision is None:
-            some = torch.linspace(0, len(slices) - 1, min(len(slices), SOME_SLICES), device=weights.device).long()
-            self._shared.half_precision = self._precision(slices[some].cut(), weights) in ("fp16", "split")
-        return self._shared.half_precision
+        known, key = self._shared.half_precision, (batch.geometry.optics, weights.shape[1])
+        if key not in known:
+            count = min(len(slices), SOME_SLICES)
+            some = torch.arange(count, device=weights.device) * len(slices) // count
+            known[key] = self._precision(slices[some].cut(), weights) in ("fp16", "split")
+        return known[key]
 
     def _global_samples(
         self, values: Tensor, log_total: Tensor, prior: Tensor | None, offset_prior: Tensor
@@ -432,7 +442,7 @@ class Expectation:
         )
         scores = score_pairs(
             slices, inverse, particle, images, weights, phases, power, self.settings.chunk_elements,
-            half=self._bears_half_precision(slices, weights),
+            half=self._bears_half_precision(batch, slices, weights),
         )  # fmt: skip
         log_prior = orientation_prior[:, None] + offset_prior[particle, orientation // per_class]
         if not self.settings.cross_correlation:
@@ -531,7 +541,7 @@ class Expectation:
             slices, inverse = self.references.slices_of(batch.geometry, fine, n_pixels, fine=True)
             scores = score_pairs(
                 slices, inverse, (mine // n_orientations).expand(-1, o).flatten(), images, weights, phases, power,
-                self.settings.chunk_elements, half=self._bears_half_precision(slices, weights),
+                self.settings.chunk_elements, half=self._bears_half_precision(batch, slices, weights),
             ).reshape(-1, o, n_shifts, j)  # fmt: skip
             values[begin:end] = scores[pair[begin:end] - start, :, shift[begin:end]]
             del scores  # gone before the next ones are made

@@ -69,6 +69,8 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Divide the free memory beside the volumes: a quarter each for images, a batch, and a chunk or fine weights.
 
+    Where all together then need more than there is, an eighth each, and so on.
+
     Parameters
     ----------
     n_particles
@@ -100,46 +102,49 @@ def make_plan(
     width = torch.finfo(dtype).bits // 32
     free = memory.available(device, limit)
     voxels = width * ((map_box or box) + 2) ** 3
-    needs = {name: size * voxels for name, size in BYTES_PER_VOXEL.items()}
-    needs["chunk"] += BYTES_OF_COPIES * voxels * symmetric
-    needs["run"] += LISTS_BYTES[device.type]
-    needs["iteration"] += width * BYTES_PER_SLICE_PIXEL * table + lists
-    needs["chunk"] += SYMMETRY_BYTES[device.type]
+    volumes = {name: size * voxels for name, size in BYTES_PER_VOXEL.items()}
+    volumes["run"] += LISTS_BYTES[device.type]
+    volumes["iteration"] += width * BYTES_PER_SLICE_PIXEL * table + lists
+    volumes["chunk"] += BYTES_OF_COPIES * voxels * symmetric + SYMMETRY_BYTES[device.type]
     # on a CPU larger batches than this gain nothing
     usable = min(free, 64 << 30) if device.type == "cpu" else free
-    quarter = max(0, usable - needs["run"] - needs["iteration"]) // 4
-    image_bytes = 4 * box * box * width
-    keep = n_particles * image_bytes <= quarter
+    rest = max(0, usable - volumes["run"] - volumes["iteration"])
     # a batch also holds whole transforms of its images while it is prepared
-    pixels = width * box * box // 2
+    pixels, image_bytes = width * box * box // 2, 4 * box * box * width
     per_particle = (BYTES_PER_NOISE_PIXEL if noise else BYTES_PER_BATCH_PIXEL) * pixels
-    batch = max(1, min(n_particles, quarter // per_particle))
     # more than this gains nothing
     most_chunk, most_weights = (2**24, 2**24) if device.type == "cpu" else (2**27, 2**28)
-    chunk = max(2**16, min(most_chunk, quarter // (BYTES_PER_CHUNK_ELEMENT * width)))
-    weights = max(2**16, min(most_weights, quarter // (BYTES_PER_FINE_WEIGHT * width)))
-    # a run that goes on later, or on another allocator, finds about as much memory, and then sums up in the same order
-    chunk, weights, batch = _power_of_two(chunk), _power_of_two(weights), _power_of_two(batch, n_particles)
     # a table of slices, or as many as tell how accurate poses can be
     trials = min(TRIALS[device.type], ERRORS * ACCURACY_PARTICLES * box * box // 2)
     cut = width * BYTES_WHILE_CUT[device.type] * max(table, trials)
-    # the fine pass by dense matrix products holds slices of all orientations, too, as many as there may be weights
-    fine = width * (BYTES_PER_FINE_WEIGHT + BYTES_WHILE_CUT[device.type]) * weights
-    # samples are found a chunk at a time, those of a particle at least, and held until they fill a fine pass
-    found = min(max(chunk, samples), samples * batch)
-    held = min(found + weights // children, samples * batch)
-    work = max(width * BYTES_PER_CHUNK_ELEMENT * chunk, fine, cut, BYTES_WHILE_FOUND * found)
-    plan = Plan(chunk, weights, batch, keep, needs)
-    # what images, batches and chunks take beside the volumes; of images one batch is worked on and two are read ahead
-    needs["run"] += image_bytes * (n_particles if keep else 3 * batch)
-    needs["batch"] = BYTES_PER_PREPARED_PIXEL * pixels * batch + BYTES_PER_SAMPLE * held
-    needs["chunk"] = max(needs["chunk"], (BYTES_PER_BATCH_PIXEL - BYTES_PER_PREPARED_PIXEL) * pixels * batch + work)
-    if sum(needs.values()) > free:
-        raise InputError(
-            f"{sum(needs.values()) / 2**30:.2f} GiB of memory are needed and {free / 2**30:.2f} are there ({plan}); "
-            "take a device with more, a larger memory.limit, or particles of a smaller box"
-        )
-    return plan
+    for shares in (4, 8, 16, 32, 64):
+        share = rest // shares
+        keep = n_particles * image_bytes <= share
+        batch = max(1, min(n_particles, share // per_particle))
+        chunk = max(2**16, min(most_chunk, share // (BYTES_PER_CHUNK_ELEMENT * width)))
+        weights = max(2**16, min(most_weights, share // (BYTES_PER_FINE_WEIGHT * width)))
+        # a run that goes on later, or on another allocator, finds about as much memory, and then adds in the same order
+        chunk, weights, batch = _power_of_two(chunk), _power_of_two(weights), _power_of_two(batch, n_particles)
+        # the fine pass by dense matrix products holds slices of all orientations, too, as many as there may be weights
+        fine = width * (BYTES_PER_FINE_WEIGHT + BYTES_WHILE_CUT[device.type]) * weights
+        # samples are found a chunk at a time, those of a particle at least, and held until they fill a fine pass
+        found = min(max(chunk, samples), samples * batch)
+        held = min(found + weights // children, samples * batch)
+        work = max(width * BYTES_PER_CHUNK_ELEMENT * chunk, fine, cut, BYTES_WHILE_FOUND * found)
+        # of images one batch is worked on and two are read ahead
+        needs = {
+            "run": volumes["run"] + image_bytes * (n_particles if keep else 3 * batch),
+            "iteration": volumes["iteration"],
+            "chunk": max(volumes["chunk"], (BYTES_PER_BATCH_PIXEL - BYTES_PER_PREPARED_PIXEL) * pixels * batch + work),
+            "batch": BYTES_PER_PREPARED_PIXEL * pixels * batch + BYTES_PER_SAMPLE * held,
+        }
+        plan = Plan(chunk, weights, batch, keep, needs)
+        if sum(needs.values()) <= free:
+            return plan
+    raise InputError(
+        f"{sum(needs.values()) / 2**30:.2f} GiB of memory are needed and {free / 2**30:.2f} are there ({plan}); "
+        "take a device with more, a larger memory.limit, or particles of a smaller box"
+    )
 
 
 def _power_of_two(size: int, most: int | None = None) -> int:

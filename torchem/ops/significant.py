@@ -1,5 +1,6 @@
 """The smallest set of samples of each particle that carries a given fraction of its weight."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -156,7 +157,7 @@ def first_best(values: Tensor, rows: Tensor, top: Tensor) -> Tensor:
 
 def _deepest(counts: Tensor, fraction: float) -> Tensor:
     """Nats under a row's total from which on its `counts` samples together do not reach the rest of the fraction."""
-    return torch.log(counts.clamp(min=1) / max((1 - fraction) * 1e-3, 1e-300))
+    return torch.log(counts.clamp(min=1)) - math.log(max((1 - fraction) * 1e-3, 1e-300))
 
 
 def _posterior_on_gpu(log_weights: Tensor, first: Tensor, fraction: float) -> Posterior:
