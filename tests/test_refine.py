@@ -17,7 +17,7 @@ from torchem.em.options import DatasetOptions, ReferenceOptions, RefineOptions, 
 from torchem.errors import InputError
 from torchem.refine import Job, _left, complete, finished, make_stand_in, plan
 from torchem.runtime.progress import Progress
-from torchem.runtime.run_folder import inspect, write_settings
+from torchem.runtime.run_folder import inspect, make_room, write_settings
 
 RUN = Path("outputs/particles/run")
 
@@ -154,13 +154,14 @@ def test_data_that_came_after_the_stand_in_are_another_run(options: RefineOption
 def test_never_moves_the_run_aside(options: RefineOptions) -> None:
     begin(options, 2)
     job = plan(replace(options, resume="never", seed=5), RUN)
-    assert not job.state.used and not finished(job)
-    assert inspect(RUN.with_name("run.1")).iteration == 2
+    assert not job.state.used and not finished(job) and inspect(RUN).iteration == 2
+    make_room(RUN)
+    assert not RUN.exists() and inspect(RUN.with_name("run.1")).iteration == 2
 
 
 def test_never_takes_an_unused_folder_as_it_is(options: RefineOptions) -> None:
     RUN.mkdir(parents=True)
-    plan(replace(options, resume="never"), RUN)
+    make_room(RUN)
     assert RUN.is_dir() and not RUN.with_name("run.1").exists()
 
 
@@ -230,7 +231,7 @@ def test_from_particles_to_a_picture_and_again(small_set: Callable) -> None:
     done = run("max_iterations=1")
     assert done.returncode == 0, done.stderr
     lines = [line[9:] for line in done.stdout.splitlines()]
-    assert lines[0] == f"refining 12 particles in {RUN}"
+    assert lines[0].startswith("refining 12 particles of ") and lines[0].endswith(f" in {RUN}") and ", C1, " in lines[0]
     assert any(line.startswith("iteration 1: ") and "Pmax" in line for line in lines)
     assert lines[-1].startswith("stopped at max_iterations before convergence at ")
     assert f"map: {RUN}/run_it001_half1_class001.mrc, picture: {RUN}/run.png" in lines[-1]
@@ -246,6 +247,8 @@ def test_from_particles_to_a_picture_and_again(small_set: Callable) -> None:
     assert changed.returncode == 1 and "seed: 1 -> 3" in changed.stderr and "run_name=NEW" in changed.stderr
     assert contents(RUN) == before
 
+    refused = run("seed=3", "resume=never", "reference.mask=nowhere.mrc")
+    assert refused.returncode == 1 and "nowhere.mrc: no such file" in refused.stderr and contents(RUN) == before
     aside = run("max_iterations=1", "seed=3", "resume=never")
     assert aside.returncode == 0, aside.stderr
     assert contents(RUN.with_name("run.1")) == before
@@ -289,7 +292,8 @@ def test_sweep(small_set: Callable) -> None:
     done = run("max_iterations=1", "seed=1,2", "-m")
     assert done.returncode == 0, done.stderr
     folders = sorted(path.name for path in Path("outputs/particles/run_sweep").iterdir() if path.is_dir())
-    assert len(folders) == 2 and folders[0].endswith("seed=1") and folders[1].endswith("seed=2")
+    assert all((Path("outputs/particles/run_sweep") / name / "run_it001_optimiser.star").is_file() for name in folders)
+    assert len(folders) == 2 and folders[0].endswith("seed_1") and folders[1].endswith("seed_2")
 
 
 def test_on_the_stack_with_a_trace(small_set: Callable) -> None:

@@ -111,7 +111,7 @@ def run(options: AlignOptions, folder: Path, world: World, progress: Progress) -
 
 
 def plan(options: AlignOptions, folder: Path) -> Job:
-    """Decide from the run folder what is to be done; it may be moved aside.
+    """Decide from the run folder what is to be done.
 
     Raises
     ------
@@ -130,10 +130,9 @@ def plan(options: AlignOptions, folder: Path) -> Job:
             if options.images is None
             else f"images={options.images} and dataset.star={options.dataset.star}: leave out one of both"
         )
+    if options.resume == "never":
+        return Job(options, run_folder.RunState.new(folder))
     state = run_folder.inspect(folder, MARK)
-    if options.resume == "never" and (state.used or state.settings is not None):
-        log.info("%s moved aside to %s", folder, run_folder.move_aside(folder))
-        state = run_folder.inspect(folder, MARK)
     # the folder of another command is not taken over, whatever it has come to
     if state.used or (state.settings is not None and "mode" not in state.settings):
         run_folder.refuse_other(state, asdict(options))
@@ -155,6 +154,8 @@ def prepare(job: Job) -> None:
     n_classes = options.n_classes or (1 if references is None else len(references))
     # tables and checkpoints, and twice the averages, of each iteration
     each = 300 * len(images) + 8 * n_classes * images.box**2
+    if options.resume == "never":
+        run_folder.make_room(folder, MARK)
     run_folder.prepare(folder, (options.max_iterations + 1) * each)
     run_folder.write_settings(folder, asdict(options))
 

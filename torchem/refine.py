@@ -158,7 +158,7 @@ def refine(options: RefineOptions, folder: Path, world: World, progress: Progres
 
 
 def plan(options: RefineOptions, folder: Path) -> Job:
-    """Complete the options, and decide from the run folder what is to be done; it may be moved aside.
+    """Complete the options, and decide from the run folder what is to be done.
 
     Raises
     ------
@@ -170,10 +170,9 @@ def plan(options: RefineOptions, folder: Path) -> Job:
         options = _with_settings_of(folder, options)
     options, simulated = complete(options)
     options.check()
+    if options.resume == "never":
+        return Job(options, run_folder.RunState.new(folder), simulated)
     state = run_folder.inspect(folder)
-    if options.resume == "never" and (state.used or state.settings is not None):
-        log.info("%s moved aside to %s", folder, run_folder.move_aside(folder))
-        state = run_folder.inspect(folder)
     if state.used:
         run_folder.refuse_other(state, asdict(options))
     return Job(options, state, simulated)
@@ -279,6 +278,8 @@ def prepare(job: Job, progress: Progress) -> Inputs:
     if job.simulated:
         make_stand_in(job.options.dataset, progress)
     inputs = load(job.options, checked=True)
+    if job.options.resume == "never":
+        run_folder.make_room(folder)
     run_folder.prepare(folder, _bytes_of_run(len(inputs.particles), len(inputs.reference)))
     run_folder.write_settings(folder, asdict(job.options))
     return inputs
@@ -320,7 +321,11 @@ def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None
 
     state = job.state
     if state.iteration is None:
-        log.info("refining %d particles in %s", len(inputs.particles), state.folder)
+        dataset, optics = job.options.dataset, inputs.particles.optics[0]
+        log.info(
+            "refining %d particles of %d px (%g Å/px), %s, diameter %g Å, in %s", len(inputs.particles), optics.box,
+            optics.pixel_size, dataset.symmetry, dataset.particle_diameter, state.folder,
+        )  # fmt: skip
     else:
         log.info("going on after iteration %d in %s", state.iteration, state.folder)
     make = Refiner if state.iteration is None else Refiner.resume

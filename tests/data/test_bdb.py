@@ -124,5 +124,5 @@ def test_broken_files_are_named(folder):
 
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "dissect.database.bsd", None)
-    with pytest.raises(InputError, match=r'pip install "torchem\[bdb\]", or convert'):
+    with pytest.raises(InputError, match=r'pip install dissect.database, or convert'):
         BdbStack(f"bdb:{HERE}#particles")

@@ -50,6 +50,16 @@ def test_read_map(tmp_path: Path) -> None:
     assert read_reference(tmp_path / "map.mrc", 40, 3.3).shape == (40, 40, 40)
 
 
+def test_a_map_much_narrower_than_the_images_is_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_map(tmp_path / "map.mrc", gaussian(32, 4.0), 1.0)
+    read_reference(tmp_path / "map.mrc", 16, 4.0)
+    assert not caplog.records
+    read_reference(tmp_path / "map.mrc", 32, 4.0)
+    assert "is 32 Å wide, the images 128 Å: is 1 Å, the pixel size in its header, right?" in caplog.text
+
+
 def test_read_mask(tmp_path: Path) -> None:
     axis = np.arange(32) - 16
     mask = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < 100).astype(np.float32)

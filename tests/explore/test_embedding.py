@@ -94,5 +94,5 @@ def test_tsne_keeps_groups_apart():
 
 def test_tsne_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(InputError, match=r'pip install "torchem\[explore\]"'):
+    with pytest.raises(InputError, match=r'pip install scikit-learn'):
         tsne(np.zeros((20, 3)))

@@ -169,3 +169,8 @@ def test_many_classes_and_one_score():
     class_id = np.arange(60) % 30
     figure = explore.embedding_figure({"one": np.arange(60.0)[:, None]}, class_id)
     assert len(figure.axes) == 2  # the plot and its scale
+
+
+def test_notebooks_show_figures(parameters):
+    shown = explore.shift_histogram(parameters)._repr_png_()
+    assert matplotlib.image.imread(io.BytesIO(shown), format="png").std() > 0

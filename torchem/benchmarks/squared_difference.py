@@ -119,7 +119,7 @@ def rows(case: Case) -> Iterator[dict]:
     known = (*PRECISIONS, "correlation", "plain") if DEVICE.type == "cuda" else ("fp32", "fp64", "correlation")
     precisions = known if case.precision is None else (case.precision,)
     if precisions[0] not in known:
-        raise InputError(f"precision={case.precision}: must be one of {', '.join(known)}")
+        raise InputError(f"precision={case.precision}: must be one of {', '.join(known)} with device={DEVICE.type}")
     backends = ("triton", "matmul", "reference")[DEVICE.type == "cpu" :]
     if case.backend not in (None, *backends):
         raise InputError(f"backend={case.backend}: must be one of {', '.join(backends)}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
 import numpy as np
 
 from torchem.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _ATOMIC_MODELS = (".pdb", ".ent", ".cif", ".mmcif")
 
@@ -37,7 +40,13 @@ def read_reference(path: str | Path, box: int, pixel_size: float) -> np.ndarray:
         raise InputError(f"reference.map={path}: no such file; give a map (.mrc) or an atomic model (.pdb, .cif)")
     if path.suffix.lower() in _ATOMIC_MODELS:
         return _density(path, box, pixel_size)
-    return rescale(*_read_cubic(path, "reference.map"), box, pixel_size)
+    volume, own_pixel_size = _read_cubic(path, "reference.map")
+    if (width := len(volume) * own_pixel_size) < box * pixel_size / 2:
+        log.warning(
+            "reference.map=%s is %.0f Å wide, the images %.0f Å: is %g Å, the pixel size in its header, right?",
+            path, width, box * pixel_size, own_pixel_size,
+        )  # fmt: skip
+    return rescale(volume, own_pixel_size, box, pixel_size)
 
 
 def read_mask(path: str | Path, box: int, pixel_size: float) -> np.ndarray:

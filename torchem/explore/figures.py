@@ -4,6 +4,7 @@ Parameters come as `torchem.data.alignment.COLUMNS`, histories as `class_counts`
 other.
 """
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,15 @@ from torch import Tensor
 _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 _GALLERY = 200  # averages that a page can show so that they can be seen
 _NAMED_CLASSES = 20  # colours that an eye tells apart
+
+
+class Picture(Figure):
+    """A figure that notebooks show, whatever their settings."""
+
+    def _repr_png_(self) -> bytes:
+        with io.BytesIO() as file:
+            self.savefig(file, format="png")
+            return file.getvalue()
 
 
 def gallery(
@@ -45,7 +55,7 @@ def gallery(
     head = 0.3 if len(images) > _GALLERY else 0.03
     height = rows * (side + text) + head
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(side * columns, height))
+        figure = Picture(figsize=(side * columns, height))
         grid = figure.add_gridspec(
             rows, columns, left=0.004, right=0.996, bottom=text / height, top=1 - head / height,
             wspace=0.03, hspace=text / side,
@@ -66,7 +76,7 @@ def gallery(
 def shift_histogram(parameters: pd.DataFrame) -> Figure:
     """How far images were shifted (px), and turned."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        figure = Picture(figsize=(10, 3.2), layout="constrained")
         plane, along, turned = figure.subplots(1, 3)
         x, y = parameters["sx"].to_numpy(float), parameters["sy"].to_numpy(float)
         reach = max(1.0, float(np.abs(np.concatenate([x, y])).max(initial=0)))
@@ -92,7 +102,7 @@ def class_histogram(parameters: pd.DataFrame, n_classes: int | None = None) -> F
     n_classes = n_classes or int(class_id.max(initial=0)) + 1
     mirrored = parameters["mirror"].to_numpy() == 1
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        figure = Picture(figsize=(10, 3.2), layout="constrained")
         sizes, peaks = figure.subplots(1, 2, width_ratios=(2, 1))
         straight = np.bincount(class_id[~mirrored], minlength=n_classes)
         flipped = np.bincount(class_id[mirrored], minlength=n_classes)
@@ -168,7 +178,7 @@ def class_history(history: pd.DataFrame) -> Figure:
     by_iteration = table.groupby("iteration")
     one = table["class_id"].nunique() == 1
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5, 3) if one else (10, 6), layout="constrained")
+        figure = Picture(figsize=(5, 3) if one else (10, 6), layout="constrained")
         axes: list[Axes] = figure.subplots(1 if one else 2, 1 if one else 2, squeeze=False).ravel().tolist()
         score = axes[-1]
         if "peak" in table:
@@ -208,7 +218,7 @@ def embedding_figure(points: Mapping[str, np.ndarray], class_id: np.ndarray) -> 
     rows = -(-len(points) // columns)
     named = int(class_id.max(initial=0)) < _NAMED_CLASSES
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5 * columns, 4.2 * rows), layout="constrained")
+        figure = Picture(figsize=(5 * columns, 4.2 * rows), layout="constrained")
         axes: list[Axes] = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
         for axis, (name, values) in zip(axes, points.items(), strict=False):
             dots = axis.scatter(

@@ -7,6 +7,7 @@ deleted.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from typing import Any
 import yaml
 
 from torchem.errors import InputError
+
+log = logging.getLogger(__name__)
 
 # ends the name of the file that an iteration writes last: of a refinement, and of an alignment
 REFINED, ALIGNED = "optimiser.star", "data.star"
@@ -33,6 +36,11 @@ class RunState:
     settings: dict[str, Any] | None  # config.yaml, None if there is none
     iteration: int | None  # last one written whole
     finished: bool
+
+    @classmethod
+    def new(cls, folder: Path) -> RunState:
+        """Of a folder in which nothing is, or what is there is to be moved aside."""
+        return cls(folder, None, None, finished=False)
 
     @property
     def used(self) -> bool:
@@ -105,6 +113,13 @@ def settings_of(folder: Path, mark: str = REFINED) -> dict[str, Any]:
     if state.settings is None:
         raise InputError(f"resume={folder}: no run is there; give the folder that holds its config.yaml")
     return state.settings
+
+
+def make_room(folder: Path, mark: str = REFINED) -> None:
+    """Move what a run left in `folder` aside, if it did, and say so."""
+    state = inspect(folder, mark)
+    if state.used or state.settings is not None:
+        log.info("%s moved aside to %s", folder, move_aside(folder))
 
 
 def move_aside(folder: Path) -> Path:
