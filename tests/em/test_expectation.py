@@ -1,5 +1,7 @@
 """The E-step against a plain NumPy implementation, and truths that hold by themselves."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -177,6 +179,17 @@ def test_batches_and_chunks_do_not_matter(name: str, path: str) -> None:
     assert_same_sums(run.sums, expected)
     for field, value in vars(whole.found).items():
         assert torch.allclose(torch.cat([getattr(f, field) for f in found]), value, rtol=1e-10)
+
+
+def test_all_images_of_a_batch_say_how_precise_scores_must_be() -> None:
+    found = []
+    for chunk_elements in (2**24, 1):
+        case = deepcopy(of_case("3D", dtype=torch.float32, chunk_elements=chunk_elements))
+        case.model.scale[:] = torch.tensor([1.0, 3000.0, 3000.0])
+        case.group[:] = 1
+        case.group[:2] = 0  # the first images are by far the weakest
+        found.append(case.run(Expectation).precisions)
+    assert found[0] == found[1] == {"fp64"}
 
 
 @pytest.mark.parametrize("name", ["3D", "3D, local", "2D, two classes"])
