@@ -268,6 +268,14 @@ def test_interrupted_run_goes_on_to_the_same_files(small_set: Callable, tmp_path
     assert resumed.returncode == 0, resumed.stderr
     assert f"going on after iteration 1 in {RUN}" in resumed.stdout
     assert contents(RUN) == whole
+    # as max_iterations left it
+    assert run("max_iterations=1", "resume=never").returncode == 0
+    longer = run("max_iterations=2")
+    assert longer.returncode == 0 and f"going on after iteration 1 in {RUN}" in longer.stdout, longer.stderr
+    # earlier ones say how many iterations there were to be
+    assert {name for name, value in contents(RUN).items() if value != whole[name]} == {
+        "run_it000_optimiser.star", "run_it001_optimiser.star",
+    }  # fmt: skip
 
 
 def test_two_processes_are_one_run(small_set: Callable) -> None:

@@ -174,7 +174,8 @@ def plan(options: RefineOptions, folder: Path) -> Job:
         return Job(options, run_folder.RunState.new(folder), simulated)
     state = run_folder.inspect(folder)
     if state.used:
-        run_folder.refuse_other(state, asdict(options))
+        # where one stopped, another may go on
+        run_folder.refuse_other(state, asdict(options), but=("max_iterations",))
     return Job(options, state, simulated)
 
 

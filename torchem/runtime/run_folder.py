@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,22 +79,22 @@ def may_change(option: str) -> bool:
     return option.startswith(_FREE)
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines ``option: old value -> new value`` for all that differs and matters to the result."""
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """Lines ``option: old value -> new value`` for all that differs and matters to the result, `but` some options."""
     old, new = flatten(before), flatten(now)
     return [
         f"{option}: {_shown(old.get(option))} -> {_shown(new.get(option))}"
         for option in sorted(old.keys() | new.keys())
-        if old.get(option) != new.get(option) and not may_change(option)
+        if old.get(option) != new.get(option) and not may_change(option) and option not in but
     ]
 
 
-def refuse_other(state: RunState, now: Mapping[str, Any]) -> None:
-    """Raise `InputError` if what a folder holds was not begun with the settings `now`."""
+def refuse_other(state: RunState, now: Mapping[str, Any], but: Collection[str] = ()) -> None:
+    """Raise `InputError` if what a folder holds was not begun with the settings `now`, `but` some options."""
     folder = state.folder
     if state.settings is None:
         raise InputError(f"{folder}: holds a run that torchem did not start; choose another with run_name=NEW")
-    if changed := changes(state.settings, now):
+    if changed := changes(state.settings, now, but):
         raise InputError(
             f"{folder}: holds a run with other settings; start a new one with run_name=NEW, "
             "or move this one aside with resume=never. Changed:\n  " + "\n  ".join(changed)
