@@ -79,6 +79,11 @@ def test_run_folder_is_named_after_the_run(overrides: list[str], folder: str) ->
         ("+typo=3", "no option typo"),
         ("sampling.healpix_ordr=3", "did you mean sampling.healpix_order?"),
         ("healpix_order=3", "did you mean sampling.healpix_order?"),
+        ("dataset.diameter=200", "did you mean dataset.particle_diameter?"),
+        ("diameter=200", "did you mean dataset.particle_diameter?"),
+        ("sym=D2", "did you mean dataset.symmetry?"),
+        ("--particle_diameter=200", "written NAME=VALUE, as dataset.particle_diameter=…"),
+        ("particles.star", "written NAME=VALUE, without blanks"),
         ("dataset=betagal", r"write \+dataset=betagal"),
     ],
 )

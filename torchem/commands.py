@@ -58,20 +58,32 @@ def check_option_names(arguments: Sequence[str], known: Collection[str], groups:
     InputError
         Names the option.
     """
+    before = ""
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        name = key.lstrip("+~")
+        name = key.lstrip("+~-")
+        flag, before = before.startswith("-"), argument
+        if key.startswith("--") and (same := [option for option in known if option.rpartition(".")[2] == name]):
+            raise InputError(f"{argument}: options are written NAME=VALUE, as {same[0]}=…")
+        if not equals and not flag and not key.startswith(("-", "~")):
+            raise InputError(f"{argument}: options are written NAME=VALUE, without blanks beside =")
         if not equals or key.startswith("-") or name in known or name.partition(".")[0].startswith("hydra"):
             continue
         if name in groups:
             if not key.startswith("+"):
                 raise InputError(f"{argument}: write +{name}={value}")
             continue
-        near = difflib.get_close_matches(name, known, n=1) or [
-            option for option in known if option.rpartition(".")[2] == name.rpartition(".")[2]
-        ]
-        advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"
+        meant = _like(name, known) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
+        advice = f"did you mean {meant}?" if meant else "see --cfg job for all options"
         raise InputError(f"{argument}: there is no option {name}; {advice}")
+
+
+def _like(name: str, known: Collection[str]) -> str | None:
+    """The option of the same name in another group, or else nearly of it, or one whose name holds it."""
+    last = name.rpartition(".")[2]
+    same = [option for option in known if option.rpartition(".")[2] == last]
+    holding = [option for option in known if len(last) > 2 and last in option.rpartition(".")[2]]
+    return next(iter(same or difflib.get_close_matches(name, known, n=1, cutoff=0.8) or holding), None)
 
 
 def resumed(
