@@ -2,10 +2,10 @@
 
 Layouts: a row of an operand is [real parts | imaginary parts], each padded to ``half`` values; operands in two terms
 hold them side by side, images as [low | high], projections as [high | low]. Norms are a row for each image; unless
-summed in double, the rows of high and then of low weights, to be added.
-Projections, their norms and the result are numbered class by class, each class padded to ``stride`` orientations, a
-multiple of 16. It is handed over divided by 16, and ``half`` by 64, so that the compiler sees that wide loads and
-stores are aligned. All sizes are run-time integers.
+summed in double, the rows of high and then of low weights, to be added. Projections, their norms and the result are
+numbered class by class, each class padded to ``stride`` orientations, a multiple of 16. It is handed over divided by
+16, and ``half`` by 64, so that the compiler sees that wide loads and stores are aligned. All sizes are run-time
+integers.
 """
 
 import triton

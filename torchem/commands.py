@@ -63,7 +63,7 @@ def check_option_names(arguments: Sequence[str], known: Collection[str], groups:
         key, equals, value = argument.partition("=")
         name = key.lstrip("+~-")
         flag, before = before.startswith("-"), argument
-        if key.startswith("--") and (same := [option for option in known if option.rpartition(".")[2] == name]):
+        if key.startswith("--") and (same := _ending(name, known)):
             raise InputError(f"{argument}: options are written NAME=VALUE, as {same[0]}=…")
         if not equals and not flag and not key.startswith(("-", "~")):
             raise InputError(f"{argument}: options are written NAME=VALUE, without blanks beside =")
@@ -73,17 +73,25 @@ def check_option_names(arguments: Sequence[str], known: Collection[str], groups:
             if not key.startswith("+"):
                 raise InputError(f"{argument}: write +{name}={value}")
             continue
-        meant = _like(name, known) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
-        advice = f"did you mean {meant}?" if meant else "see --cfg job for all options"
+        near = _like(name, known)
+        advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"
         raise InputError(f"{argument}: there is no option {name}; {advice}")
 
 
-def _like(name: str, known: Collection[str]) -> str | None:
-    """The option of the same name in another group, or else nearly of it, or one whose name holds it."""
+def _ending(last: str, known: Collection[str]) -> list[str]:
+    """The options of a name, whatever their groups."""
+    return [option for option in known if option.rpartition(".")[2] == last]
+
+
+def _like(name: str, known: Collection[str]) -> list[str]:
+    """The options of the same name in other groups, or else nearly of it, or whose names hold it, or a bit like it."""
     last = name.rpartition(".")[2]
-    same = [option for option in known if option.rpartition(".")[2] == last]
-    holding = [option for option in known if len(last) > 2 and last in option.rpartition(".")[2]]
-    return next(iter(same or difflib.get_close_matches(name, known, n=1, cutoff=0.8) or holding), None)
+    return (
+        _ending(last, known)
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        or [option for option in known if len(last) > 2 and last in option.rpartition(".")[2]]
+        or difflib.get_close_matches(name, known, n=1)
+    )
 
 
 def resumed(

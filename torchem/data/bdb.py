@@ -171,7 +171,7 @@ def _records(path: Path) -> list[tuple[bytes, bytes]]:
         from dissect.database.bsd import DB
     except ImportError as error:
         raise InputError(
-            f'{path}: reading EMAN2 BDB stacks needs dissect.database; pip install dissect.database, or convert the '
+            f"{path}: reading EMAN2 BDB stacks needs dissect.database; pip install dissect.database, or convert the "
             "stack in EMAN2 (e2proc2d.py bdb:… stack.hdf)"
         ) from error
     with path.open("rb") as file:

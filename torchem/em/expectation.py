@@ -19,11 +19,18 @@ from torchem.em.model import Model
 from torchem.em.references import References
 from torchem.em.sampling import Grid
 from torchem.em.sums import Sums, add_dense, add_rows, in_steps, operands
-from torchem.em.weights import block_sparse, row_starts
+from torchem.em.weights import block_sparse
 from torchem.imaging.ctf import Optics
 from torchem.imaging.fourier import squared_magnitude
 from torchem.ops.pairs import score_pairs
-from torchem.ops.significant import Posterior, first_best, posterior, row_logsumexp, significant_of_rows
+from torchem.ops.significant import (
+    Posterior,
+    first_best,
+    posterior,
+    row_logsumexp,
+    row_starts,
+    significant_of_rows,
+)
 from torchem.ops.slices import Slices
 from torchem.ops.squared_difference import (
     CPU_LADDER,
@@ -62,7 +69,7 @@ class ExpectationSettings:
     chunk_elements
         largest number of complex values that one step may hold in one temporary.
     fine_weights
-        largest number of fine-pass weights held at once; about so many samples are found before a fine pass.
+        largest number of fine-pass weights held at once; samples are gathered until theirs would be about as many.
     """
 
     current_size: int

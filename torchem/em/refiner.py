@@ -25,7 +25,7 @@ from torchem.em.options import RefineOptions
 from torchem.em.output import Output, load_checkpoint
 from torchem.em.plan import make_plan
 from torchem.em.references import fourier_volumes
-from torchem.em.sampling import Grid, Sampling
+from torchem.em.sampling import Grid, Sampling, disc
 from torchem.em.start import initial_state, low_pass
 from torchem.em.sums import Sums
 from torchem.errors import InputError
@@ -254,13 +254,14 @@ class Refiner:
     def _most_samples(self) -> int:
         """Coarse samples of a particle that may be significant: all of the first grid, or of a local search."""
         s = self.options.sampling
-        shifts = _shifts(s.offset_range / s.offset_step)
+        shifts = len(disc(s.offset_range, s.offset_step))
         return max(72 * 8**s.healpix_order // len(self.operators), LOCAL_ORIENTATIONS) * shifts
 
     def _lists_bytes(self) -> int:
         """Bytes of the ramps of all coarse and fine translations, and of the poses before and after."""
         s = self.options.sampling
-        shifts = _shifts(max(s.offset_range / s.offset_step, schedule.MOST_STEPS)) * (1 + 4**s.oversampling)
+        steps = max(s.offset_range / s.offset_step, schedule.MOST_STEPS)
+        shifts = len(disc(steps, 1.0)) * (1 + 4**s.oversampling)
         pixels = sum(FourierPixels.of(o.box, self.device).count(o.box) for o in set(self.optics))
         return shifts * pixels * self.dtype.to_complex().itemsize + len(self.particles) * 8 * (FOUND + 6)
 
@@ -438,9 +439,3 @@ class Refiner:
     def _write(self) -> None:
         if self.output is not None and self.world.rank == 0:
             self.output.write(self.state, self.grid, self.joined)
-
-
-def _shifts(steps: float) -> int:
-    """How many translations are within so many steps."""
-    axis = torch.arange(-int(steps), int(steps) + 1)
-    return int((axis[:, None] ** 2 + axis**2 <= steps**2 + 0.001).sum())

@@ -118,7 +118,7 @@ class Grid:
         self.child_psi = self.psi[:, None] + (360.0 / n_psi) * ((parts + 0.5) / n_child_psi - 0.5)
         self._turns = rotation_matrix(zero, zero, self.psi)
         self._child_turns = rotation_matrix(zero, zero, self.child_psi)
-        self.translations = self._disc(sampling.offset_range, sampling.offset_step)
+        self.translations = disc(sampling.offset_range, sampling.offset_step, self.device)
         quarter = sampling.offset_step * ((parts + 0.5) / n_child_psi - 0.5)
         children = torch.cartesian_prod(quarter, quarter).reshape(-1, 2)
         self.child_translations = self.translations[:, None] + children
@@ -247,11 +247,13 @@ class Grid:
             return matrices
         return (matrices.view(-1, 3) @ _equal_turns(omega, self.sampling.ndim, self.device)).view_as(matrices)
 
-    def _disc(self, radius: float, step: float) -> Tensor:
-        reach = math.ceil(radius / step)
-        axis = torch.arange(-reach, reach + 1, dtype=torch.float64, device=self.device) * step
-        points = torch.cartesian_prod(axis, axis)
-        return points[(points**2).sum(1) < radius**2 + 0.001]
+
+def disc(radius: float, step: float, device: torch.device | str = "cpu") -> Tensor:
+    """`(t, 2)`: the points of a square grid around 0 that lie within a radius; double."""
+    reach = math.ceil(radius / step)
+    axis = torch.arange(-reach, reach + 1, dtype=torch.float64, device=device) * step
+    points = torch.cartesian_prod(axis, axis)
+    return points[(points**2).sum(1) < radius**2 + 0.001]
 
 
 @lru_cache(maxsize=2)

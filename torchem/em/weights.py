@@ -9,6 +9,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from torchem.ops.significant import row_starts
+
 warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
 warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
 
@@ -36,8 +38,3 @@ def block_sparse(rows: Tensor, columns: Tensor, values: Tensor, n_rows: int, n_c
         row_starts(rows, n_rows).to(index), columns.to(index), values[:, None], size=(n_rows, n_columns * block),
         check_invariants=False,
     )  # fmt: skip
-
-
-def row_starts(rows: Tensor, n_rows: int) -> Tensor:
-    """`(n + 1,)`: where each row of an ascending list `(m,)` begins, and the end."""
-    return torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))

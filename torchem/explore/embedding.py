@@ -127,7 +127,7 @@ def tsne(scores: Tensor | np.ndarray, seed: int = 0) -> np.ndarray:
         from sklearn.manifold import TSNE
         from threadpoolctl import threadpool_limits
     except ImportError as error:
-        raise InputError('t-SNE needs scikit-learn; pip install scikit-learn') from error
+        raise InputError("t-SNE needs scikit-learn; pip install scikit-learn") from error
     points = np.asarray(torch.as_tensor(scores).cpu(), np.float32)
     # its principal components are the start, so the seed has little to decide
     start = "pca" if points.shape[1] >= 2 else "random"

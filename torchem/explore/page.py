@@ -142,8 +142,8 @@ def _embedding(parameters: pd.DataFrame, images: ImageReader, radius: float | No
     note = f"{len(chosen):,} of {len(parameters):,} images, coloured by their class. 2SDR: the first two of "
     note += " and ".join(f"{values.shape[1]} scores {when} alignment" for when, values in scores.items()) + "; "
     if importlib.util.find_spec("sklearn") is None:
-        log.info('no t-SNE in the report: scikit-learn is not installed (pip install scikit-learn)')
-        note += 'no t-SNE, since scikit-learn is not installed (pip install scikit-learn).'
+        log.info("no t-SNE in the report: scikit-learn is not installed (pip install scikit-learn)")
+        note += "no t-SNE, since scikit-learn is not installed (pip install scikit-learn)."
     else:
         note += "t-SNE of all of them."
         with ThreadPoolExecutor(len(scores)) as pool:  # one core each

@@ -138,7 +138,7 @@ def significant_of_rows(log_weights: Tensor, log_totals: Tensor, fraction: float
     """
     floor = log_totals - _deepest(torch.tensor(log_weights.shape[1]), fraction)
     row, column = torch.nonzero(log_weights > floor[:, None].to(log_weights.dtype), as_tuple=True)
-    first = torch.searchsorted(row, torch.arange(len(log_weights) + 1, device=row.device))
+    first = row_starts(row, len(log_weights))
     candidates = log_weights[row, column]
     if candidates.is_cuda and candidates.dtype == torch.float32:
         kept = _posterior_on_gpu(candidates, first, fraction).kept
@@ -146,6 +146,11 @@ def significant_of_rows(log_weights: Tensor, log_totals: Tensor, fraction: float
         kept = _posterior(candidates, first, fraction, log_totals).kept
     place = torch.nonzero(kept)[:, 0]
     return row[place], column[place]
+
+
+def row_starts(rows: Tensor, n_rows: int) -> Tensor:
+    """`(n + 1,)`: where each row of an ascending list `(m,)` begins, and the end."""
+    return torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
 
 
 def first_best(values: Tensor, rows: Tensor, top: Tensor) -> Tensor:
