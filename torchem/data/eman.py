@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5g, h5s, h5t
+from h5py import h5a, h5d, h5g, h5p, h5s, h5t
 
 from torchem.data.files import replacing
 from torchem.errors import InputError
@@ -200,7 +200,9 @@ def _write_image(images: h5g.GroupID, index: int, image: np.ndarray, header: Hea
     for name in sorted(header):  # EMAN2's order
         _write_attribute(group, f"EMAN.{name}", header[name])
     kind = h5t.py_create(image.dtype)
-    dataset = h5d.create(group, b"image", kind, h5s.create_simple(image.shape))
+    timeless = h5p.create(h5p.DATASET_CREATE)
+    timeless.set_obj_track_times(False)  # the same images make the same file, whenever they are written
+    dataset = h5d.create(group, b"image", kind, h5s.create_simple(image.shape), timeless)
     dataset.write(h5s.ALL, h5s.ALL, image)
 
 
