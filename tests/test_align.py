@@ -1,6 +1,7 @@
 """The command: which images it takes, what it leaves in a run folder, and several processes."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
 
 
 def align(options: AlignOptions) -> pd.DataFrame:
-    with Progress(speaking=False) as progress:
+    with Progress() as progress:
         run(options, OUT, World(), progress)
     return pd.read_csv(OUT / "run_params.csv")
 
@@ -119,6 +120,30 @@ def test_goes_on_where_it_stopped(truth: np.ndarray) -> None:
     with pytest.raises(InputError, match="no run is there"):
         plan(replace(seeds, resume="nix"), OUT)
     assert plan(AlignOptions(resume="out.1", device="cpu"), OUT).options.seed == 1
+
+
+def test_goes_on_with_more_iterations(capsys: pytest.CaptureFixture[str]) -> None:
+    # the first halves of both runs have the same iterations: seats are taken alike
+    two, three = (replace(OPTIONS, references=None, n_classes=3, max_iterations=n) for n in (2, 3))
+    whole = align(three)
+    shutil.move(OUT, "whole")
+    align(two)
+    assert "not settled (a larger one goes on), after iteration 2" in capsys.readouterr().out
+    report = (OUT / "run_report.html").read_bytes()
+    assert not plan(three, OUT).finished
+    pd.testing.assert_frame_equal(align(three), whole)
+    assert (OUT / "run_report.html").read_bytes() != report
+    assert "going on after iteration 2" in capsys.readouterr().out
+    assert plan(three, OUT).finished
+    with pytest.raises(InputError, match="max_iterations: 3 -> 2"):
+        align(two)
+
+
+def test_settled(capsys: pytest.CaptureFixture[str]) -> None:
+    align(replace(OPTIONS, max_iterations=20))
+    told = capsys.readouterr().out
+    assert " settled after iteration" in told and "not settled" not in told
+    assert plan(replace(OPTIONS, max_iterations=30), OUT).finished
 
 
 @pytest.mark.parametrize(

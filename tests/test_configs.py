@@ -85,6 +85,10 @@ def test_run_folder_is_named_after_the_run(overrides: list[str], folder: str) ->
         ("--particle_diameter=200", "written NAME=VALUE, as dataset.particle_diameter=…"),
         ("particles.star", "written NAME=VALUE, without blanks"),
         ("dataset=betagal", r"write \+dataset=betagal"),
+        ("dataset.star=my (2).star", """write 'dataset.star="my \\(2\\).star"' with both pairs"""),
+        ("dataset.root=a#b", "with both pairs of quotes"),
+        ("seed=1,2", "add -m to run one job for each value"),
+        ("dataset.name=a,b", """write 'dataset.name="a,b"' with both pairs"""),
     ],
 )
 def test_unknown_option_is_refused(argument: str, advice: str) -> None:
@@ -98,5 +102,11 @@ def test_unknown_option_in_a_file_is_refused() -> None:
 
 
 def test_hydra_options_and_flags_are_let_through() -> None:
-    for arguments in (["-m", "--cfg", "job"], ["hydra.run.dir=/x", "hydra/job_logging=none"], ["+dataset=a", "seed=1"]):
+    for arguments in (
+        ["-m", "--cfg", "job"],
+        ["hydra.run.dir=/x", "hydra/job_logging=none"],
+        ["+dataset=a", "seed=1"],
+        ["seed=1,2", "-m"],
+        ['reference.map="my map (2),.mrc"', "dataset.name=null", "~seed"],
+    ):
         check_option_names(arguments, known_options(), groups=("dataset",))

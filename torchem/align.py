@@ -46,6 +46,7 @@ class Job:
 
     options: AlignOptions
     state: RunState
+    finished: bool  # settled, or as many iterations as asked for
 
 
 def images_name(name: str | None, star: str | None, images: str | None) -> str:
@@ -98,13 +99,13 @@ def run(options: AlignOptions, folder: Path, world: World, progress: Progress) -
 
     def first() -> Job:
         job = plan(options, folder)
-        if not job.state.finished:
+        if not job.finished:
             prepare(job)
         return job
 
     job = world.first(first)
     images, references = load(job.options)
-    if not job.state.finished:
+    if not job.finished:
         _iterate(job, images, references, world, progress)
     if world.rank == 0:
         _conclude(job, images)
@@ -131,12 +132,24 @@ def plan(options: AlignOptions, folder: Path) -> Job:
             else f"images={options.images} and dataset.star={options.dataset.star}: leave out one of both"
         )
     if options.resume == "never":
-        return Job(options, run_folder.RunState.new(folder))
+        return Job(options, run_folder.RunState.new(folder), finished=False)
     state = run_folder.inspect(folder, MARK)
     # the folder of another command is not taken over, whatever it has come to
     if state.used or (state.settings is not None and "mode" not in state.settings):
-        run_folder.refuse_other(state, asdict(options))
-    return Job(options, state)
+        before = (state.settings or {}).get("max_iterations", 0)
+        # where one stopped, another may go on
+        longer = ("max_iterations",) if options.max_iterations > before else ()
+        run_folder.refuse_other(state, asdict(options), but=longer)
+    return Job(options, state, state.finished and (_settled(folder) or state.iteration == options.max_iterations))
+
+
+def _settled(folder: Path) -> bool:
+    """Whether the images of a run stay where they are."""
+    import torch
+
+    from torchem.mra.output import load_checkpoint
+
+    return load_checkpoint(folder, torch.device("cpu")).converged
 
 
 def prepare(job: Job) -> None:
@@ -211,12 +224,13 @@ def _conclude(job: Job, images: Images) -> None:
     """Say what was reached and where it is, and draw it."""
     folder = job.state.folder
     page = folder / "run_report.html"
-    state = run_folder.inspect(folder, MARK)
-    if not page.is_file():
+    iteration = run_folder.inspect(folder, MARK).iteration
+    if not job.finished or not page.is_file():
         _report(job.options, folder, images)
+    reached = "settled" if _settled(folder) else "stopped by max_iterations, not settled (a larger one goes on),"
     log.info(
-        "done after iteration %d; class averages: %s, parameters: %s and run_params.csv, report: %s",
-        state.iteration, folder / "run_classes.mrcs", folder / "run_data.star", page,
+        "%s after iteration %d; class averages: %s, parameters: %s and run_params.csv, report: %s", reached, iteration,
+        folder / "run_classes.mrcs", folder / "run_data.star", page,
     )  # fmt: skip
 
 

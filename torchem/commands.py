@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -58,7 +59,7 @@ def check_option_names(arguments: Sequence[str], known: Collection[str], groups:
     InputError
         Names the option.
     """
-    before = ""
+    before, sweep = "", bool({"-m", "--multirun"}.intersection(arguments))
     for argument in arguments:
         key, equals, value = argument.partition("=")
         name = key.lstrip("+~-")
@@ -67,6 +68,8 @@ def check_option_names(arguments: Sequence[str], known: Collection[str], groups:
             raise InputError(f"{argument}: options are written NAME=VALUE, as {same[0]}=…")
         if not equals and not flag and not key.startswith(("-", "~")):
             raise InputError(f"{argument}: options are written NAME=VALUE, without blanks beside =")
+        if equals and not key.startswith("-"):
+            _check_value(argument, sweep)
         if not equals or key.startswith("-") or name in known or name.partition(".")[0].startswith("hydra"):
             continue
         if name in groups:
@@ -76,6 +79,18 @@ def check_option_names(arguments: Sequence[str], known: Collection[str], groups:
         near = _like(name, known)
         advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"
         raise InputError(f"{argument}: there is no option {name}; {advice}")
+
+
+def _check_value(argument: str, sweep: bool) -> None:
+    """Refuse a value that Hydra reads as something else than the user meant; its own message names its grammar."""
+    key, _, value = argument.partition("=")
+    quoted = f"""write '{key}="{value}"' with both pairs of quotes"""
+    try:
+        several = OverridesParser.create().parse_overrides([argument])[0].is_sweep_override()
+    except OverrideParseException:
+        raise InputError(f"{argument}: {quoted}") from None
+    if several and not sweep:
+        raise InputError(f"{argument}: add -m to run one job for each value; if it is one value, {quoted}")
 
 
 def _ending(last: str, known: Collection[str]) -> list[str]:
