@@ -156,13 +156,24 @@ def test_names_are_loaded_on_first_use():
 
 
 def test_gallery_is_sorted_and_bounded():
-    averages = np.random.default_rng(1).standard_normal((230, 8, 8))
-    figure = explore.gallery(averages, np.arange(230))
-    names = [axis.get_xlabel() for axis in figure.axes]
+    averages = np.random.default_rng(1).standard_normal((230, 8, 8)).astype(np.float32)
+    (axis,) = explore.gallery(averages, np.arange(230)).axes
+    names = [text.get_text() for text in axis.texts]
     assert len(names) == 200 and names[0] == "229: 229" and names[-1] == "30: 30"
-    assert [axis.get_xlabel() for axis in explore.gallery(averages[:3], labels=["a", "b", "c"]).axes] == [
-        "0\na", "1\nb", "2\nc",
-    ]  # fmt: skip
+    # the second of the second row stands where its name does, in its own greys, y upwards
+    text, twelfth = axis.texts[11], averages[218]
+    assert text.get_text() == "218: 218"
+    x, y = round(text.get_position()[0]) - 4, round(text.get_position()[1] - 1.01 * 8)
+    low, high = np.percentile(twelfth, [0.5, 99.8])
+    shown = axis.images[0].get_array()[y : y + 8, x : x + 8]
+    np.testing.assert_allclose(shown, (twelfth[::-1] - low) / (high - low), atol=1e-5)
+
+
+def test_gallery_in_the_given_order():
+    averages = np.zeros((3, 8, 8))  # all alike: no greys to divide by
+    (axis,) = explore.gallery(averages, labels=["a", "b", "c"]).axes
+    assert [text.get_text() for text in axis.texts] == ["0\na", "1\nb", "2\nc"]
+    assert np.nanmax(axis.images[0].get_array()) == 0
 
 
 def test_many_classes_and_one_score():
