@@ -90,15 +90,23 @@ def test_made_again_if_it_was_not_finished(small: Settings, tmp_path: Path) -> N
 
 
 def test_command(tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "torchem.simulate", *arguments]
+    def run_module(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    done = run("n_particles=2", "box=24", "pixel_size=9.5", "name=mine")
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return run_module("torchem.simulate", *arguments)
+
+    done = run("n_particles=20", "box=24", "pixel_size=9.5", "name=mine")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs/datasets/mine"
     assert (folder / "particles.star").is_file() and "dataset.star=outputs/datasets/mine/particles.star" in done.stdout
+    # what it says next is a whole command
+    refine = done.stdout.partition("refine them with")[2].split()
+    assert "dataset.particle_diameter=200" in refine
+    refined = run_module("torchem.refine", *refine[3:], "max_iterations=1", "device=cpu")
+    assert refined.returncode == 0, refined.stderr
     refused = run("box=31", "symmetry=X")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "box=31" in refused.stderr and "symmetry=X" in refused.stderr

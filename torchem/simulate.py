@@ -13,17 +13,20 @@ option with unit and default: torchem/imaging/simulation.py, or ``--cfg job``.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import hydra
+import numpy as np
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from torchem.commands import check_option_names, telling, to_options
+from torchem.data.mrc import read_map
 from torchem.errors import InputError
 from torchem.imaging.simulation import SimulateOptions, simulate
 from torchem.runtime import run_folder
@@ -86,9 +89,22 @@ def make(settings: Settings, folder: Path, progress: Progress) -> None:
     run_folder.write_settings(folder, wanted)
     log.info(
         "simulated: refine them with  python -m torchem.refine dataset.star=%s dataset.symmetry=%s "
-        "reference.map=%s reference.ini_high=%g dataset.particle_diameter=ANGSTROM",
+        "reference.map=%s reference.ini_high=%g dataset.particle_diameter=%g",
         os.path.relpath(star), settings.symmetry, os.path.relpath(folder / "reference.mrc"), settings.reference_angst,
+        _diameter(folder),
     )  # fmt: skip
+
+
+def _diameter(folder: Path) -> float:
+    """Å: a sphere around all density above a tenth of the highest, and a tenth more, as far as the box goes."""
+    widest = 0.0
+    for path in folder.glob("truth_class*.mrc"):
+        volume, pixel_size = read_map(path)
+        box, step = len(volume), pixel_size or 1.0
+        beyond = np.argwhere(volume > 0.1 * volume.max()) - box // 2
+        reach = float(np.linalg.norm(beyond, axis=1).max())
+        widest = max(widest, min(10 * math.ceil(2.2 * reach * step / 10), math.floor(box * step)))
+    return widest
 
 
 if __name__ == "__main__":
