@@ -137,7 +137,7 @@ def test_sums(name: str, dtype: torch.dtype, path: str) -> None:
     assert float(sums.offset_square) == pytest.approx(plain.offset, rel=tolerance)
     assert float(sums.noise_weight[0]) == pytest.approx(plain.sum_weight, rel=tolerance)
     figures = [len(plain.norm), plain.norm.sum(), plain.pmax.sum()]
-    assert sums.figures[:3].tolist() == pytest.approx(figures, rel=tolerance)
+    assert sums.totals[:3].tolist() == pytest.approx(figures, rel=tolerance)
     assert sums.group_weight.tolist() == np.bincount(problem.halves[0].group).tolist()
 
 

@@ -609,9 +609,9 @@ class Expectation:
         sums.scale_aa.index_add_(0, group, figures[:, 2])
         sums.group_weight.index_add_(0, group, torch.ones_like(total))
 
-        # directions, figures
+        # directions, totals
         sums.pdf_direction.view(-1).index_add_(0, orientation // grid.n_psi, by_child.sum(1))
-        sums.figures += torch.stack((torch.ones_like(pmax), new_norm, pmax, log_likelihood)).sum(1)
+        sums.totals += torch.stack((torch.ones_like(pmax), new_norm, pmax, log_likelihood)).sum(1)
 
         block, child = best // (o * j), best % (o * j)
         fine = orientation[block] % grid.n_orientations * o + child // j

@@ -126,7 +126,7 @@ def update_parameters(
         this iteration was scored so: noise and scale stay as they are.
     """
     total = sums.pdf_direction.sum()
-    single = torch.cat((total[None], sums.offset_square[None], sums.figures)).tolist()
+    single = torch.cat((total[None], sums.offset_square[None], sums.totals)).tolist()
     weight, offset_square, particles, norm_sum, pmax, log_likelihood = single
     if norm:
         model.norm_average = norm_sum / weight

@@ -37,7 +37,7 @@ class Sums:
     offset_square: Tensor  # ()
     class_offset: Tensor  # (k, 2); of 2D references
     pdf_direction: Tensor  # (k, d)
-    figures: Tensor  # (particles, norm, pmax, log-likelihood)
+    totals: Tensor  # over particles: (their number, norm, Pmax, log-likelihood)
     small: Tensor  # all but the volumes, one after the other in memory
 
     @staticmethod
@@ -49,13 +49,13 @@ class Sums:
         shells = [len(s) for s in model.sigma2_noise]
         sizes = [*shells, optics_groups, groups, groups, groups, 1, 2 * k, k * n_directions, 4]
         small = torch.zeros(sum(sizes), dtype=torch.float64, device=references.device)
-        *noise, noise_weight, xa, aa, group_weight, offset_square, class_offset, pdf, figures = small.split(sizes)
+        *noise, noise_weight, xa, aa, group_weight, offset_square, class_offset, pdf, totals = small.split(sizes)
         return Sums(
             data=torch.zeros(shape, dtype=references.dtype.to_complex(), device=references.device),
             weight=torch.zeros(shape, dtype=references.dtype, device=references.device),
             noise=noise, noise_weight=noise_weight, scale_xa=xa, scale_aa=aa, group_weight=group_weight,
             offset_square=offset_square[0], class_offset=class_offset.view(k, 2),
-            pdf_direction=pdf.view(k, n_directions), figures=figures, small=small,
+            pdf_direction=pdf.view(k, n_directions), totals=totals, small=small,
         )  # fmt: skip
 
     def with_particles_of(self, other: "Sums") -> "Sums":
