@@ -19,10 +19,12 @@ from torchem.align import known_options, plan, prepare, run
 from torchem.commands import check_option_names, to_options
 from torchem.data.mrc import read_map, write_stack
 from torchem.data.star import read_star, write_star
+from torchem.em.options import RefineOptions
 from torchem.errors import InputError
 from torchem.mra.options import AlignDataset, AlignOptions
 from torchem.runtime.distributed import World
 from torchem.runtime.progress import Progress
+from torchem.runtime.run_folder import write_settings
 
 OUT = Path("out")
 OPTIONS = AlignOptions(
@@ -139,6 +141,48 @@ def test_goes_on_with_more_iterations(capsys: pytest.CaptureFixture[str]) -> Non
         align(two)
 
 
+def test_report_of_what_went_on_is_drawn_again() -> None:
+    align(OPTIONS)
+    page = OUT / "run_report.html"
+    written = page.read_bytes()
+    # a run that went on and died before it drew
+    page.write_text("old")
+    os.utime(page, ns=(0, 0))
+    align(OPTIONS)
+    assert page.read_bytes() == written
+
+
+def test_finished_run_needs_neither_images_nor_iterations(capsys: pytest.CaptureFixture[str]) -> None:
+    align(OPTIONS)
+    Path("particles.mrcs").unlink()
+    capsys.readouterr()
+    align(OPTIONS)
+    assert "after iteration 2; class averages: out/run_classes.mrcs" in capsys.readouterr().out
+    for path in OUT.glob("run_it*"):
+        path.unlink()
+    align(OPTIONS)
+    assert "done; class averages: out/run_classes.mrcs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("n", "box"), [(30, 24), (50, 24), (40, 30)])
+def test_going_on_with_other_images_is_refused(n: int, box: int) -> None:
+    begun = replace(OPTIONS, references=None, n_classes=3)
+    align(begun)
+    write_stack("particles.mrcs", blobs(n, 3, box).images, 2.0)
+    with pytest.raises(InputError, match=rf"begun with 40 images of 24 px, but particles.mrcs has {n} of {box} px"):
+        align(replace(begun, max_iterations=3))
+
+
+def test_broken_checkpoint() -> None:
+    align(OPTIONS)
+    checkpoint = OUT / "run_it002_checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    for broken in (b"", whole[:1000]):
+        checkpoint.write_bytes(broken)
+        with pytest.raises(InputError, match=r"run_it002_checkpoint.pt cannot be read .* move run_it002_\* out"):
+            align(replace(OPTIONS, max_iterations=3))
+
+
 def test_settled(capsys: pytest.CaptureFixture[str]) -> None:
     align(replace(OPTIONS, max_iterations=20))
     told = capsys.readouterr().out
@@ -175,6 +219,23 @@ def test_bad_input_is_refused_before_any_work(change: dict, message: str) -> Non
         prepare(plan(replace(OPTIONS, **change), OUT))
     assert message in str(error.value)
     assert not OUT.exists()
+
+
+def test_references_that_are_no_numbers() -> None:
+    references = read_map("refs.mrcs")[0].copy()
+    references[1, 5, 5] = np.nan
+    write_stack("refs.mrcs", references, 2.0)
+    with pytest.raises(InputError, match=r"references=refs.mrcs: image 2 holds values that are not finite"):
+        prepare(plan(OPTIONS, OUT))
+    assert not OUT.exists()
+
+
+def test_folder_of_a_refinement() -> None:
+    OUT.mkdir()
+    write_settings(OUT, asdict(RefineOptions()))
+    for options in (OPTIONS, replace(OPTIONS, resume="out")):
+        with pytest.raises(InputError, match="another command"):
+            plan(options, OUT)
 
 
 def test_references_of_another_size() -> None:

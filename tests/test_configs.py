@@ -85,10 +85,13 @@ def test_run_folder_is_named_after_the_run(overrides: list[str], folder: str) ->
         ("--particle_diameter=200", "written NAME=VALUE, as dataset.particle_diameter=…"),
         ("particles.star", "written NAME=VALUE, without blanks"),
         ("dataset=betagal", r"write \+dataset=betagal"),
-        ("dataset.star=my (2).star", """write 'dataset.star="my \\(2\\).star"' with both pairs"""),
-        ("dataset.root=a#b", "with both pairs of quotes"),
+        ("dataset.star=my (2).star", """write 'dataset.star="my \\(2\\).star"' with all"""),
+        ("dataset.root=a#b", "with all these quotes"),
         ("seed=1,2", "add -m to run one job for each value"),
-        ("dataset.name=a,b", """write 'dataset.name="a,b"' with both pairs"""),
+        ("+dataset=null", r"write \+dataset=NAME"),
+        ("dataset.root=it's#1", """write 'dataset.root="it'"'"'s#1"' with all"""),
+        ('dataset.root="a', r"""write 'dataset.root="\\"a"' with all"""),
+        ("dataset.name=a,b", """write 'dataset.name="a,b"' with all"""),
     ],
 )
 def test_unknown_option_is_refused(argument: str, advice: str) -> None:
@@ -101,12 +104,20 @@ def test_unknown_option_in_a_file_is_refused() -> None:
         to_options(RefineOptions, {"sampling": {"typo": 3}})
 
 
+def test_flag_between_options_is_refused() -> None:
+    with pytest.raises(InputError, match="-m: write it before or after all options"):
+        check_option_names(["seed=1,2", "-m", "run_name=a"], known_options(), groups=("dataset",))
+
+
 def test_hydra_options_and_flags_are_let_through() -> None:
     for arguments in (
         ["-m", "--cfg", "job"],
         ["hydra.run.dir=/x", "hydra/job_logging=none"],
         ["+dataset=a", "seed=1"],
         ["seed=1,2", "-m"],
+        ["--multi", "seed=1,2"],
+        ["hydra.mode=MULTIRUN", "seed=1,2"],
+        ["seed=1,2", "-m", "--cfg", "job"],
         ['reference.map="my map (2),.mrc"', "dataset.name=null", "~seed"],
     ):
         check_option_names(arguments, known_options(), groups=("dataset",))

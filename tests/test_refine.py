@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 import torchem
+from torchem import commands
 from torchem.data.mrc import read_map
 from torchem.em.options import DatasetOptions, ReferenceOptions, RefineOptions, StandIn
 from torchem.errors import InputError
+from torchem.mra.options import AlignOptions
 from torchem.refine import Job, _left, complete, finished, make_stand_in, plan
 from torchem.runtime.progress import Progress
 from torchem.runtime.run_folder import inspect, make_room, write_settings
@@ -163,6 +165,22 @@ def test_never_takes_an_unused_folder_as_it_is(options: RefineOptions) -> None:
     RUN.mkdir(parents=True)
     make_room(RUN)
     assert RUN.is_dir() and not RUN.with_name("run.1").exists()
+
+
+def test_folder_of_an_alignment(options: RefineOptions) -> None:
+    RUN.mkdir(parents=True)
+    write_settings(RUN, asdict(AlignOptions()))
+    for wanted in (options, replace(options, resume=str(RUN))):
+        with pytest.raises(InputError, match="another command"):
+            plan(wanted, RUN)
+
+
+def test_resume_takes_what_the_command_line_names(options: RefineOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(options, 1)
+    line = SimpleNamespace(overrides=SimpleNamespace(task=[f"resume={RUN}", "max_iterations=999", "seed=1"]))
+    monkeypatch.setattr(commands, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: line))
+    # the default, though the run has another value
+    assert plan(RefineOptions(resume=str(RUN)), Path("x")).options.max_iterations == 999
 
 
 def test_resume_of_a_folder_takes_its_settings(options: RefineOptions) -> None:

@@ -61,7 +61,7 @@ def test_values() -> None:
 def test_unknown_option(argument: str, advice: str) -> None:
     with pytest.raises(InputError, match=advice.replace("?", r"\?")):
         check_option_names([argument], run_folder.flatten(asdict(Settings())))
-    arguments = ["box=32", "noise.snr=1", "hydra.run.dir=x", "--cfg", "-m", "name=a"]
+    arguments = ["box=32", "noise.snr=1", "hydra.run.dir=x", "name=a", "-m", "--cfg", "job"]
     check_option_names(arguments, run_folder.flatten(asdict(Settings())))
 
 

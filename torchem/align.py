@@ -104,11 +104,10 @@ def run(options: AlignOptions, folder: Path, world: World, progress: Progress) -
         return job
 
     job = world.first(first)
-    images, references = load(job.options)
     if not job.finished:
-        _iterate(job, images, references, world, progress)
+        _iterate(job, world, progress)
     if world.rank == 0:
-        _conclude(job, images)
+        _conclude(job)
 
 
 def plan(options: AlignOptions, folder: Path) -> Job:
@@ -134,17 +133,16 @@ def plan(options: AlignOptions, folder: Path) -> Job:
     if options.resume == "never":
         return Job(options, run_folder.RunState.new(folder), finished=False)
     state = run_folder.inspect(folder, MARK)
-    # the folder of another command is not taken over, whatever it has come to
-    if state.used or (state.settings is not None and "mode" not in state.settings):
-        before = (state.settings or {}).get("max_iterations", 0)
-        # where one stopped, another may go on
-        longer = ("max_iterations",) if options.max_iterations > before else ()
-        run_folder.refuse_other(state, asdict(options), but=longer)
-    return Job(options, state, state.finished and (_settled(folder) or state.iteration == options.max_iterations))
+    before = (state.settings or {}).get("max_iterations", 0)
+    # where one stopped, another may go on
+    longer = ("max_iterations",) if options.max_iterations > before else ()
+    run_folder.refuse_other(state, asdict(options), but=longer)
+    stopped = state.iteration in (None, options.max_iterations)
+    return Job(options, state, state.finished and (stopped or _settled(folder)))
 
 
 def _settled(folder: Path) -> bool:
-    """Whether the images of a run stay where they are."""
+    """Whether the images of a run stay where they are, by its last iteration."""
     import torch
 
     from torchem.mra.output import load_checkpoint
@@ -160,10 +158,17 @@ def prepare(job: Job) -> None:
     InputError
         The first thing found that would make the run fail or mean nothing.
     """
+    import numpy as np
+
     options, folder = job.options, job.state.folder
     images, references = load(options)
     options.check_against(len(images), images.box, None if references is None else references.shape)
     images.check()
+    if references is not None and not (good := np.isfinite(references).all((1, 2))).all():
+        raise InputError(
+            f"references={options.references}: image {good.argmin() + 1} holds values that are not finite; "
+            "leave it out or make it again"
+        )
     n_classes = options.n_classes or (1 if references is None else len(references))
     # tables and checkpoints, and twice the averages, of each iteration
     each = 300 * len(images) + 8 * n_classes * images.box**2
@@ -185,10 +190,11 @@ def load(options: AlignOptions) -> tuple[Images, np.ndarray | None]:
     return images, references.read(list(range(len(references))))
 
 
-def _iterate(job: Job, images: Images, references: np.ndarray | None, world: World, progress: Progress) -> None:
+def _iterate(job: Job, world: World, progress: Progress) -> None:
     from torchem.mra.aligner import MultiReferenceAligner, ReferenceFreeAligner
 
     state, options = job.state, job.options
+    images, references = load(options)
     aligner = MultiReferenceAligner if options.mode == "mra" else ReferenceFreeAligner
     if state.iteration is None:
         log.info("aligning %d images of %d px in %s", len(images), images.box, state.folder)
@@ -220,17 +226,19 @@ def _line(iteration: Iteration, options: AlignOptions, pixel_size: float | None)
     return ", ".join(parts)
 
 
-def _conclude(job: Job, images: Images) -> None:
+def _conclude(job: Job) -> None:
     """Say what was reached and where it is, and draw it."""
     folder = job.state.folder
-    page = folder / "run_report.html"
-    iteration = run_folder.inspect(folder, MARK).iteration
-    if not job.finished or not page.is_file():
-        _report(job.options, folder, images)
-    reached = "settled" if _settled(folder) else "stopped by max_iterations, not settled (a larger one goes on),"
+    page, iteration = folder / "run_report.html", run_folder.inspect(folder, MARK).iteration
+    if not run_folder.is_newer(page, folder / f"run_{MARK}"):
+        _report(job.options, folder, load(job.options)[0])
+    reached = "done"  # where somebody tidied the iterations away
+    if iteration is not None:
+        settled = "settled" if _settled(folder) else "stopped by max_iterations, not settled (a larger one goes on),"
+        reached = f"{settled} after iteration {iteration}"
     log.info(
-        "%s after iteration %d; class averages: %s, parameters: %s and run_params.csv, report: %s", reached, iteration,
-        folder / "run_classes.mrcs", folder / "run_data.star", page,
+        "%s; class averages: %s, parameters: %s and run_params.csv, report: %s", reached, folder / "run_classes.mrcs",
+        folder / f"run_{MARK}", page,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import difflib
 import errno
 import logging
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 # what a disk or a folder may refuse, before and during a run
-_DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+_DISK_ERRORS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.ENOENT,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 # after this, not 5 ms, another thread has its turn: those that read images, write and wake the GPU wait at every step
 _SWITCH_SECONDS = 2e-4
 
@@ -59,7 +63,7 @@ def check_option_names(arguments: Sequence[str], known: Collection[str], groups:
     InputError
         Names the option.
     """
-    before, sweep = "", bool({"-m", "--multirun"}.intersection(arguments))
+    before, sweep = "", _is_sweep(arguments)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         name = key.lstrip("+~-")
@@ -73,18 +77,34 @@ def check_option_names(arguments: Sequence[str], known: Collection[str], groups:
         if not equals or key.startswith("-") or name in known or name.partition(".")[0].startswith("hydra"):
             continue
         if name in groups:
-            if not key.startswith("+"):
-                raise InputError(f"{argument}: write +{name}={value}")
+            if not key.startswith("+") or value in ("", "null"):
+                raise InputError(f"{argument}: write +{name}={value if value not in ('', 'null') else 'NAME'}")
             continue
         near = _like(name, known)
         advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"
         raise InputError(f"{argument}: there is no option {name}; {advice}")
 
 
+def _is_sweep(arguments: Sequence[str]) -> bool:
+    """Whether Hydra is asked to run a job for each of several values.
+
+    Raises
+    ------
+    InputError
+        The flag stands between options, of which Hydra would not know the later ones.
+    """
+    flags = [i for i, a in enumerate(arguments) if a == "-m" or (a[:4] == "--mu" and "--multirun".startswith(a))]
+    options = [i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-")]
+    if flags and options and options[0] < flags[0] < options[-1]:
+        raise InputError(f"{arguments[flags[0]]}: write it before or after all options")
+    return bool(flags) or "hydra.mode=MULTIRUN" in arguments
+
+
 def _check_value(argument: str, sweep: bool) -> None:
     """Refuse a value that Hydra reads as something else than the user meant; its own message names its grammar."""
     key, _, value = argument.partition("=")
-    quoted = f"""write '{key}="{value}"' with both pairs of quotes"""
+    hydras = '"' + value.replace('"', '\\"') + '"'
+    quoted = f"write {shlex.quote(f'{key}={hydras}')} with all these quotes"
     try:
         several = OverridesParser.create().parse_overrides([argument])[0].is_sweep_override()
     except OverrideParseException:
@@ -112,10 +132,12 @@ def _like(name: str, known: Collection[str]) -> list[str]:
 def resumed(
     schema: type[Options], settings: Mapping[str, Any], given: Mapping[str, Any], default: Mapping[str, Any]
 ) -> Options:
-    """Options of a run's `settings`, but for those `given` that are not the `default`, or may change."""
+    """Options of a run's `settings`, but for those of the command line, not of the `default`, or free to change."""
     config, usual = OmegaConf.create(dict(settings)), run_folder.flatten(default)
+    line = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    named = {argument.partition("=")[0].lstrip("+~") for argument in line}
     for option, value in run_folder.flatten(given).items():
-        if value != usual.get(option) or run_folder.may_change(option):
+        if value != usual.get(option) or option in named or run_folder.may_change(option):
             OmegaConf.update(config, option, value)
     return to_options(schema, config)
 

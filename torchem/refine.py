@@ -173,9 +173,8 @@ def plan(options: RefineOptions, folder: Path) -> Job:
     if options.resume == "never":
         return Job(options, run_folder.RunState.new(folder), simulated)
     state = run_folder.inspect(folder)
-    if state.used:
-        # where one stopped, another may go on
-        run_folder.refuse_other(state, asdict(options), but=("max_iterations",))
+    # where one stopped, another may go on
+    run_folder.refuse_other(state, asdict(options), but=("max_iterations",))
     return Job(options, state, simulated)
 
 
@@ -378,13 +377,14 @@ def _conclude(job: Job) -> None:
     state = run_folder.inspect(job.state.folder)
     reached = _reached(state)
     picture = state.folder / "run.png"
-    if not finished(job) or not picture.is_file():
+    last = "run" if state.finished else f"run_it{state.iteration:03d}"
+    if not run_folder.is_newer(picture, state.folder / f"{last}_{run_folder.REFINED}"):
         from torchem.report.run_figure import run_figure
 
         dataset = job.options.dataset
         title = f"{dataset.name}, {dataset.symmetry}: {reached}"
         beside.call(run_figure, state.folder.absolute(), title, job.simulated)
-    map_ = state.folder / ("run_class001.mrc" if state.finished else f"run_it{state.iteration:03d}_half1_class001.mrc")
+    map_ = state.folder / f"{last if state.finished else last + '_half1'}_class001.mrc"
     log.info("%s%s; map: %s, picture: %s", "SIMULATED particles: " if job.simulated else "", reached, map_, picture)
 
 

@@ -88,10 +88,10 @@ def make(settings: Settings, folder: Path, progress: Progress) -> None:
     # last: its presence says that the data set is whole
     run_folder.write_settings(folder, wanted)
     log.info(
-        "simulated: refine them with  python -m torchem.refine dataset.star=%s dataset.symmetry=%s "
+        "simulated: refine them with  python -m torchem.refine dataset.name=%s dataset.star=%s dataset.symmetry=%s "
         "reference.map=%s reference.ini_high=%g dataset.particle_diameter=%g",
-        os.path.relpath(star), settings.symmetry, os.path.relpath(folder / "reference.mrc"), settings.reference_angst,
-        _diameter(folder),
+        settings.name, os.path.relpath(star), settings.symmetry, os.path.relpath(folder / "reference.mrc"),
+        settings.reference_angst, _diameter(folder),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def pixels():
 
 @pytest.mark.parametrize("suffix", [".mrcs", ".mrc", ".hdf", ".H5"])
 def test_stacks(tmp_path, pixels, suffix):
-    path = tmp_path / f"a{suffix}"
+    path = tmp_path / f"a@b{suffix}"  # what comes before @ is no number here
     (write_stack if "mrc" in suffix else write_eman)(path, pixels, pixel_size=1.5)
     images = Images.open(path)
     images.check()

@@ -18,7 +18,10 @@ OPTIONS = AlignOptions(last_ring=9, x_range=2, y_range=2, device="cpu")
 
 
 def recomputed(images: np.ndarray, iteration: Iteration) -> np.ndarray:
-    """Class averages from the table of parameters alone."""
+    """Class averages, from the table of parameters alone, of images less the mean of their outermost pixels."""
+    outermost = np.ones(images.shape[1:], bool)
+    outermost[1:-1, 1:-1] = False
+    images = images - images[:, outermost].mean(1)[:, None, None]
     table = iteration.parameters
     columns = [torch.tensor(table[name].to_numpy(float)) for name in ("alpha", "sx", "sy", "mirror")]
     aligned = transformed(torch.tensor(images), *columns).double()
@@ -69,6 +72,19 @@ def test_classes_of_the_data() -> None:
     np.testing.assert_allclose(last.averages.numpy()[inner], recomputed(truth.images, last)[inner], atol=0.05)
     assert [iteration.number for iteration in iterations] == list(range(1, len(iterations) + 1))
     assert iterations[0].changed == 1 and last.changed < 0.01 and last.pixel_error < 0.5
+
+
+@pytest.mark.parametrize(("contrast", "background"), [(1, 1000), (1e8, 0), (1e-12, 0)])
+def test_contrast_and_background_of_images_do_not_matter(contrast: float, background: float) -> None:
+    truth = blobs(60, 3, noise=1.0, seed=4)
+    options = replace(OPTIONS, references="refs.mrcs", max_iterations=3)
+    *_, expected = MultiReferenceAligner(options, in_memory(truth.images), truth.references)
+    *_, found = MultiReferenceAligner(options, in_memory(truth.images * contrast + background), truth.references)
+    assert found.parameters["class_id"].tolist() == expected.parameters["class_id"].tolist()
+    np.testing.assert_allclose(found.parameters["peak"], expected.parameters["peak"], atol=2e-4)
+    inner = (slice(None), slice(3, -3), slice(3, -3))
+    np.testing.assert_allclose(found.averages.numpy()[inner] / contrast, expected.averages.numpy()[inner], atol=0.05)
+    np.testing.assert_allclose(found.frc, expected.frc, atol=5e-3)
 
 
 def test_tiny_classes_give_up_their_seats() -> None:

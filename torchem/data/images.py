@@ -84,8 +84,8 @@ class Images:
         if name.lower().startswith("bdb:") or suffix == ".bdb":
             return _of_eman(name, BdbStack(name), pixel_size)
         raise InputError(
-            f"{name} is no file of images by its name; give one that ends in .mrcs, .hdf, .star, .cs or .bdb, or "
-            "bdb:FOLDER#NAME"
+            f"{name or 'an empty name'} is no file of images by its name; give one that ends in .mrcs, .hdf, .star, "
+            ".cs or .bdb, or bdb:FOLDER#NAME"
         )
 
 
@@ -112,7 +112,7 @@ def _of_particles(name: str, particles: Particles) -> Images:
 
 
 def _of_mrc(name: str, pixel_size: float | None) -> Images:
-    header = ImageStacks([name], Path).header(0)
+    header = ImageStacks([f"1@{name}"], Path).header(0)
     names = [f"{number:06d}@{name}" for number in range(1, header.shape[0] + 1)]
     stack = ImageStacks(names, Path)
     stack.check()  # one file: reads its header only

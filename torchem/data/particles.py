@@ -107,7 +107,8 @@ class Particles:
         """The particles of these rows (indices or a mask), in this order."""
         indices = np.asarray(indices)
         rows = np.flatnonzero(indices) if indices.dtype == bool else indices
-        return Particles(self.table.iloc[rows].reset_index(drop=True), self.optics_table, self.source, self.root)
+        table = self.table.iloc[rows].reset_index(drop=True)
+        return Particles(table, _in_use(table, self.optics_table), self.source, self.root)
 
     @cached_property
     def optics(self) -> list[Optics]:
@@ -459,7 +460,12 @@ def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             )
         table["rlnOpticsGroup"] = optics["rlnOpticsGroup"].iloc[0]
     _group_rows(path, table, optics)
-    return table, optics
+    return table, _in_use(table, optics)
+
+
+def _in_use(table: pd.DataFrame, optics: pd.DataFrame) -> pd.DataFrame:
+    """Optics groups that have particles: a selection may leave some without."""
+    return optics[optics["rlnOpticsGroup"].isin(table["rlnOpticsGroup"])].reset_index(drop=True)
 
 
 def _regroup(path: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

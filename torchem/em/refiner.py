@@ -121,6 +121,12 @@ class Refiner:
         refiner = cls.__new__(cls)
         refiner._set_up(options, particles, mask, folder, world, simulated, progress)
         refiner.state = load_checkpoint(checkpoints[max(whole, key=int)], refiner.device)
+        before = len(refiner.state.subset), refiner.state.halves[0].references.shape[-1]
+        if before != (len(particles), refiner.box):
+            raise InputError(
+                f"{folder}: was begun with {before[0]} particles of {before[1]} px, but {particles.source} has "
+                f"{len(particles)} of {refiner.box} px; give the same particles, or start a new run with run_name=NEW"
+            )
         refiner._make_grid()
         return refiner
 

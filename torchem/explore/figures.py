@@ -5,6 +5,7 @@ other.
 """
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ def gallery(
     head = 0.3 if len(images) > _GALLERY else 0.03
     # one picture of all: a hundred axes take matplotlib seconds
     box = images.shape[-1]
-    wide, high = round(1.03 * box), round((1 + text / side) * box)
+    wide, high = math.ceil(1.03 * box), math.ceil((1 + text / side) * box)
     sheet = np.full((rows * high, columns * wide), np.nan, np.float32)
     shown = images[order, ::-1]  # y upwards
     low, top = np.percentile(shown, [0.5, 99.8], axis=(1, 2), keepdims=True)
@@ -73,7 +74,7 @@ def gallery(
             axis.text(x + box / 2, y + 1.01 * box, name, fontsize=7, ha="center", va="top")
         axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, aspect="auto")
         if len(images) > _GALLERY:
-            figure.suptitle(f"the {_GALLERY} largest of {len(images)} classes")
+            figure.suptitle(f"the {_GALLERY} largest of {len(images)} classes", y=1 - head / height / 2, va="center")
     return figure
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from torchem.data.images import Images
+from torchem.errors import InputError
 from torchem.imaging.planar import transformed
 from torchem.mra.averages import (
     SMALLEST,
@@ -76,6 +77,12 @@ class _Aligner(ABC):
         aligner = cls.__new__(cls)
         aligner._set_up(options, images, folder, world, simulated, progress)
         aligner.state = load_checkpoint(Path(folder), aligner.device)
+        before = len(aligner.state.alignment.peak), aligner.state.references.shape[-1]
+        if before != (len(images), images.box):
+            raise InputError(
+                f"{folder}: was begun with {before[0]} images of {before[1]} px, but {images.source} has "
+                f"{len(images)} of {images.box} px; give the same images, or start a new run with run_name=NEW"
+            )
         return aligner
 
     def __iter__(self) -> Iterator[Iteration]:

@@ -69,8 +69,8 @@ def ring_correlation(a: Tensor, b: Tensor) -> Tensor:
         return values.new_zeros((len(values), box // 2 + 1)).index_add_(1, index, weighted)
 
     cross = by_ring((fa * fb.conj()).real)
-    power = by_ring(fa.abs().square()) * by_ring(fb.abs().square())
-    return torch.where(power > 0, cross / power.sqrt(), 0.0)
+    power = by_ring(fa.abs().square()).sqrt() * by_ring(fb.abs().square()).sqrt()
+    return torch.where(power > 0, cross / power, 0.0)
 
 
 def resolution_ring(frc: Tensor, threshold: float) -> Tensor:

@@ -19,7 +19,7 @@ BATCH = {"cpu": 512, "cuda": 2048}
 
 
 class Batches:
-    """Batches of some of the images, the same in every iteration; no image is all alike or not a number.
+    """Batches of some of the images around 0 at their border, the same in every iteration; what is no number is 0.
 
     Parameters
     ----------
@@ -58,18 +58,22 @@ class Batches:
     def _read(self, part: int) -> tuple[Tensor, torch.cuda.Event | None]:
         if self._kept is not None and part in self._kept:
             return self._kept[part], None
-        images = self.read(self.parts[part])
+        images = self._stored(self.parts[part])
         if self._device.type != "cuda":
-            return images, None
+            return _less_border(images), None
         with torch.cuda.stream(self._stream):
-            moved = images.to(self._device, non_blocking=True)
+            moved = _less_border(images.to(self._device, non_blocking=True))
             event = self._stream.record_event()
         if self._kept is not None:
             self._kept[part] = moved
         return moved, event
 
     def read(self, numbers: Tensor) -> Tensor:
-        """Images of any numbers `(n,)` on the host; what is not a number becomes 0, and is named.
+        """Images of any numbers `(n,)` on the host."""
+        return _less_border(self._stored(numbers))
+
+    def _stored(self, numbers: Tensor) -> Tensor:
+        """Images as they are stored; those that hold what is not a number are named, and become 0.
 
         For a GPU in pinned memory: it is used again and again, and sent without being copied once more.
         """
@@ -81,3 +85,9 @@ class Batches:
             log.warning("image %d (%s) holds what is no number: taken as empty", number + 1, self._images.names[number])
         images[~good] = 0
         return images
+
+
+def _less_border(images: Tensor) -> Tensor:
+    """Images `(n, L, L)` less the mean of their outermost pixels, in place: the 0 beside them is then no edge."""
+    border = torch.cat((images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]), 1)
+    return images.sub_(border.mean(1)[:, None, None])

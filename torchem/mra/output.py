@@ -91,11 +91,13 @@ def load_checkpoint(folder: Path, device: torch.device) -> State:
     InputError
         There is none.
     """
-    marks = sorted(folder.glob(f"run_it*_{MARK}"), key=lambda path: int(path.name[6 : -len(MARK) - 1]))
-    if not marks:
+    whole = [
+        path for path in folder.glob("run_it*_checkpoint.pt")
+        if path.with_name(path.name.replace("checkpoint.pt", MARK)).is_file()
+    ]  # fmt: skip
+    if not whole:
         raise InputError(f"{folder}: holds no whole iteration of torchem; start a new run with run_name=NEW")
-    name = marks[-1].name.removesuffix(MARK) + "checkpoint.pt"
-    plain = read_checkpoint(folder / name)
+    plain = read_checkpoint(max(whole, key=lambda path: int(path.name[6 : -len("_checkpoint.pt")])))
     plain["alignment"] = Alignment(**{name: values.to(device) for name, values in plain["alignment"].items()})
     for name in ("references", "pixel_error"):
         plain[name] = plain[name].to(device)

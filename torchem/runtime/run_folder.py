@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # ends the name of the file that an iteration writes last: of a refinement, and of an alignment
 REFINED, ALIGNED = "optimiser.star", "data.star"
+# an option that only settings of this command have
+_OWN = {REFINED: "sampling", ALIGNED: "mode"}
 # what may differ between two commands of one run: the result does not hang on it
 _FREE = ("device", "distributed.", "memory.", "resume", "run_name", "dataset.source")
 
@@ -36,6 +38,7 @@ class RunState:
     settings: dict[str, Any] | None  # config.yaml, None if there is none
     iteration: int | None  # last one written whole
     finished: bool
+    foreign: bool = False  # config.yaml is another command's
 
     @classmethod
     def new(cls, folder: Path) -> RunState:
@@ -60,7 +63,8 @@ def inspect(folder: Path, mark: str = REFINED) -> RunState:
             settings = None
         if not isinstance(settings, dict):
             raise InputError(f"{folder / 'config.yaml'}: not a torchem configuration; choose another run_name=NEW")
-    return RunState(folder, settings, max(iterations, default=None), f"run_{mark}" in names)
+    foreign = settings is not None and _OWN[mark] not in settings
+    return RunState(folder, settings, max(iterations, default=None), f"run_{mark}" in names, foreign)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -92,6 +96,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], but: Collection[s
 def refuse_other(state: RunState, now: Mapping[str, Any], but: Collection[str] = ()) -> None:
     """Raise `InputError` if what a folder holds was not begun with the settings `now`, `but` some options."""
     folder = state.folder
+    if state.foreign:
+        raise InputError(f"{folder}: holds what another command of torchem made; choose another with run_name=NEW")
+    if not state.used:
+        return
     if state.settings is None:
         raise InputError(f"{folder}: holds a run that torchem did not start; choose another with run_name=NEW")
     if changed := changes(state.settings, now, but):
@@ -112,7 +120,14 @@ def settings_of(folder: Path, mark: str = REFINED) -> dict[str, Any]:
     state = inspect(folder, mark)
     if state.settings is None:
         raise InputError(f"resume={folder}: no run is there; give the folder that holds its config.yaml")
+    if state.foreign:
+        raise InputError(f"resume={folder}: what is there is another command's; give the folder of a run of this one")
     return state.settings
+
+
+def is_newer(path: Path, than: Path) -> bool:
+    """Whether a file is there and was written after another one."""
+    return path.is_file() and path.stat().st_mtime_ns >= than.stat().st_mtime_ns
 
 
 def make_room(folder: Path, mark: str = REFINED) -> None:
