@@ -14,6 +14,12 @@ from torchem.data.star import read_star, write_star
 from torchem.em import schedule
 from torchem.em.options import DatasetOptions, ReferenceOptions, RefineOptions, SamplingOptions
 from torchem.em.refiner import Refiner
+from torchem.errors import InputError
+
+OPTIONS = RefineOptions(
+    dataset=DatasetOptions(particle_diameter=50.0), reference=ReferenceOptions(ini_high=30.0),
+    sampling=SamplingOptions(healpix_order=1), max_iterations=4, device="cpu",
+)  # fmt: skip
 
 
 def test_two_boxes_and_pixel_sizes(small_set: Callable[..., Path]) -> None:
@@ -29,12 +35,8 @@ def test_two_boxes_and_pixel_sizes(small_set: Callable[..., Path]) -> None:
     coarse = read_star(small_set(n=4))
     blocks = {name: pd.concat([coarse[name], fine[name]]) for name in ("optics", "particles")}
     write_star("both.star", blocks)
-    options = RefineOptions(
-        dataset=DatasetOptions(particle_diameter=50.0), reference=ReferenceOptions(ini_high=30.0),
-        sampling=SamplingOptions(healpix_order=1), max_iterations=4, device="cpu",
-    )  # fmt: skip
     particles = Particles.read("both.star")
-    iterations = list(Refiner(options, particles, read_map("reference.mrc")[0], folder=Path()))
+    iterations = list(Refiner(OPTIONS, particles, read_map("reference.mrc")[0], folder=Path()))
     assert len(iterations) == 4 and all(bool(map_.isfinite().all()) for map_ in iterations[-1].maps)
     model = read_model("run_it004_half1_model.star")
     assert [len(spectrum) for spectrum in model.sigma2_noise] == [9, 13]
@@ -43,12 +45,8 @@ def test_two_boxes_and_pixel_sizes(small_set: Callable[..., Path]) -> None:
 
 def test_the_result_speaks_of_all_particles(small_set: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parameters are those of both halves and of the last iteration, though its map started from the first's."""
-    options = RefineOptions(
-        dataset=DatasetOptions(particle_diameter=50.0), reference=ReferenceOptions(ini_high=30.0),
-        sampling=SamplingOptions(healpix_order=1), device="cpu",
-    )  # fmt: skip
     monkeypatch.setattr(schedule, "has_converged", lambda state: state.iteration == 3)
-    refiner = Refiner(options, Particles.read(small_set()), read_map("reference.mrc")[0], folder=Path())
+    refiner = Refiner(OPTIONS, Particles.read(small_set()), read_map("reference.mrc")[0], folder=Path())
     assert [iteration.converged for iteration in refiner] == [False, False, True]
     model, particles = read_model("run_model.star"), read_star("run_data.star")["particles"]
     # of the 99.9 % of the weights that are kept
@@ -58,3 +56,37 @@ def test_the_result_speaks_of_all_particles(small_set: Callable[..., Path], monk
     first, second = refiner.state.halves
     between = sorted((first.sigma2_noise[0][2].item(), second.sigma2_noise[0][2].item()))
     assert between[0] < model.sigma2_noise[0][2] < between[1]
+
+
+def test_resumed_is_uninterrupted(small_set: Callable[..., Path]) -> None:
+    particles, reference = Particles.read(small_set()), read_map("reference.mrc")[0]
+    list(Refiner(OPTIONS, particles, reference, folder=Path()))
+    last = {path: path.read_bytes() for path in Path().glob("run_it004_*")}
+    assert len(last) > 6
+    for path in [*Path().glob("run_it003_*"), *last]:
+        path.unlink()
+    assert [iteration.number for iteration in Refiner.resume(OPTIONS, particles, reference, folder=Path())] == [3, 4]
+    for path, values in last.items():
+        assert path.read_bytes() == values, path
+    fewer = particles.select(np.arange(10))
+    with pytest.raises(InputError, match=r"begun with 12 particles of 16 px, but .*particles.star has 10 of 16 px"):
+        Refiner.resume(OPTIONS, fewer, reference, folder=Path())
+    for path in Path().glob("run_it*_checkpoint.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"run_it004_checkpoint.pt cannot be read"):
+        Refiner.resume(OPTIONS, particles, reference, folder=Path())
+
+
+def test_optics_groups_without_particles(small_set: Callable[..., Path]) -> None:
+    """Selections leave some: the result is that without them."""
+
+    def unused(optics: pd.DataFrame, particles: pd.DataFrame, images: np.ndarray) -> None:
+        optics.loc[1] = optics.loc[0]
+        optics["rlnOpticsGroup"], optics["rlnImageSize"] = [7, 1], [32, 16]
+
+    averages = [
+        next(iter(Refiner(OPTIONS, Particles.read(small_set(change)), read_map("reference.mrc")[0]))).maps
+        for change in (None, unused)
+    ]
+    for plain, found in zip(*averages, strict=True):
+        assert bool((plain == found).all())

@@ -76,14 +76,14 @@ def test_classes_of_the_data() -> None:
 
 @pytest.mark.parametrize(("contrast", "background"), [(1, 1000), (1e8, 0), (1e-12, 0)])
 def test_contrast_and_background_of_images_do_not_matter(contrast: float, background: float) -> None:
-    truth = blobs(60, 3, noise=1.0, seed=4)
-    options = replace(OPTIONS, references="refs.mrcs", max_iterations=3)
-    *_, expected = MultiReferenceAligner(options, in_memory(truth.images), truth.references)
-    *_, found = MultiReferenceAligner(options, in_memory(truth.images * contrast + background), truth.references)
+    truth = blobs(60, 3, seed=4)
+    options = replace(OPTIONS, references="refs.mrcs", max_iterations=1)
+    (expected,) = MultiReferenceAligner(options, in_memory(truth.images), truth.references)
+    (found,) = MultiReferenceAligner(options, in_memory(truth.images * contrast + background), truth.references)
     assert found.parameters["class_id"].tolist() == expected.parameters["class_id"].tolist()
     np.testing.assert_allclose(found.parameters["peak"], expected.parameters["peak"], atol=2e-4)
     inner = (slice(None), slice(3, -3), slice(3, -3))
-    np.testing.assert_allclose(found.averages.numpy()[inner] / contrast, expected.averages.numpy()[inner], atol=0.05)
+    np.testing.assert_allclose(found.averages.numpy()[inner] / contrast, expected.averages.numpy()[inner], atol=2e-3)
     np.testing.assert_allclose(found.frc, expected.frc, atol=5e-3)
 
 
