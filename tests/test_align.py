@@ -158,6 +158,10 @@ def test_finished_run_needs_neither_images_nor_iterations(capsys: pytest.Capture
     capsys.readouterr()
     align(OPTIONS)
     assert "after iteration 2; class averages: out/run_classes.mrcs" in capsys.readouterr().out
+    for path in OUT.glob("run_it*_checkpoint.pt"):
+        path.unlink()
+    align(OPTIONS)
+    assert "done after iteration 2; class averages: out/run_classes.mrcs" in capsys.readouterr().out
     for path in OUT.glob("run_it*"):
         path.unlink()
     align(OPTIONS)

@@ -137,16 +137,18 @@ def plan(options: AlignOptions, folder: Path) -> Job:
     # where one stopped, another may go on
     longer = ("max_iterations",) if options.max_iterations > before else ()
     run_folder.refuse_other(state, asdict(options), but=longer)
-    stopped = state.iteration in (None, options.max_iterations)
-    return Job(options, state, state.finished and (stopped or _settled(folder)))
+    enough = state.iteration == options.max_iterations
+    return Job(options, state, state.finished and (enough or _settled(folder) is not False))
 
 
-def _settled(folder: Path) -> bool:
-    """Whether the images of a run stay where they are, by its last iteration."""
+def _settled(folder: Path) -> bool | None:
+    """Whether the images of a run stay where they are, by its last iteration; None where that was tidied away."""
     import torch
 
     from torchem.mra.output import load_checkpoint
 
+    if not any(folder.glob("run_it*_checkpoint.pt")):
+        return None
     return load_checkpoint(folder, torch.device("cpu")).converged
 
 
@@ -232,10 +234,8 @@ def _conclude(job: Job) -> None:
     page, iteration = folder / "run_report.html", run_folder.inspect(folder, MARK).iteration
     if not run_folder.is_newer(page, folder / f"run_{MARK}"):
         _report(job.options, folder, load(job.options)[0])
-    reached = "done"  # where somebody tidied the iterations away
-    if iteration is not None:
-        settled = "settled" if _settled(folder) else "stopped by max_iterations, not settled (a larger one goes on),"
-        reached = f"{settled} after iteration {iteration}"
+    how = {True: "settled", False: "stopped by max_iterations, not settled (a larger one goes on),", None: "done"}
+    reached = how[_settled(folder)] + ("" if iteration is None else f" after iteration {iteration}")
     log.info(
         "%s; class averages: %s, parameters: %s and run_params.csv, report: %s", reached, folder / "run_classes.mrcs",
         folder / f"run_{MARK}", page,
