@@ -164,7 +164,6 @@ def telling(interrupted: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        _remove_empty_folder()
         _fail("" if error.elsewhere else str(error))
     except (HydraException, OmegaConfBaseException) as error:
         # Hydra's own message says which option, its cause why
@@ -176,6 +175,8 @@ def telling(interrupted: str) -> Iterator[None]:
         _fail(f"{error.filename}: {error.strerror}; free space or rights, or choose another hydra.run.dir=FOLDER")
     except KeyboardInterrupt:
         _fail(f"interrupted: {interrupted}", status=130)
+    finally:
+        _remove_empty_folder()
 
 
 def start_driver(device: str) -> None:
@@ -231,7 +232,7 @@ def _wake_libraries(device: torch.device) -> None:
 
 
 def _remove_empty_folder() -> None:
-    """Take back the run's folder, which Hydra makes before anything is looked at."""
+    """Take back the run's folder, which Hydra makes before anything is looked at, where nothing came of it."""
     if HydraConfig.initialized():
         folder = output_folder()
         for empty in (folder, folder.parent):
