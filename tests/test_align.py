@@ -100,6 +100,15 @@ def test_table_keeps_its_columns() -> None:
     assert (written["particles"]["rlnDefocusU"] == 1e4).all() and "optics" in written
 
 
+def test_table_of_a_stack_is_aligned_again() -> None:
+    found = align(OPTIONS)
+    written = read_star(OUT / "run_data.star")
+    assert written["optics"]["rlnImagePixelSize"].tolist() == [2.0]
+    shutil.move(OUT, "stack")
+    again = align(replace(OPTIONS, images=None, dataset=AlignDataset(star="stack/run_data.star")))
+    pd.testing.assert_frame_equal(again, found)
+
+
 def test_reference_free() -> None:
     table = align(replace(OPTIONS, mode="rfa", references=None))
     assert (table["class_id"] == 0).all() and read_map(OUT / "run_classes.mrcs")[0].shape == (1, 24, 24)

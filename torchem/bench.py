@@ -78,6 +78,8 @@ class Settings:
         if self.bench != "squared_difference":
             if self.precision not in (None, "single", "double"):
                 raise InputError(f"precision={self.precision}: must be single or double for bench={self.bench}")
+            if self.bench == "mra" and self.precision == "double":
+                raise InputError("precision=double: bench=mra measures single precision; leave it out")
             if self.backend is not None:
                 raise InputError(f"backend={self.backend}: only bench=squared_difference has a choice")
 

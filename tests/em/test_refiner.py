@@ -1,6 +1,7 @@
 """Whole runs on tiny sets."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,80 @@ def test_optics_groups_without_particles(small_set: Callable[..., Path]) -> None
     ]
     for plain, found in zip(*averages, strict=True):
         assert bool((plain == found).all())
+
+
+def test_going_on_in_another_precision_is_refused(small_set: Callable[..., Path]) -> None:
+    particles, reference = Particles.read(small_set()), read_map("reference.mrc")[0]
+    next(iter(Refiner(OPTIONS, particles, reference, folder=Path())))
+    with pytest.raises(InputError, match="not begun with precision=double"):
+        Refiner.resume(replace(OPTIONS, precision="double"), particles, reference, folder=Path())
+
+
+def test_tables_name_images_where_they_are_found(small_set: Callable[..., Path]) -> None:
+    """The input stands beside its stack; what is written elsewhere reads as well."""
+    star = small_set().rename("particles.star")
+    Path("set").mkdir()
+    for name in ("particles.mrcs", star.name):
+        Path(name).rename(Path("set") / name)
+    Path("run").mkdir()
+    particles = Particles.read(Path("set") / star.name)
+    list(Refiner(replace(OPTIONS, max_iterations=1), particles, read_map("reference.mrc")[0], folder=Path("run")))
+    again = Particles.read("run/run_it001_data.star")
+    np.testing.assert_array_equal(again.images([3]), particles.images([3]))
+    assert again.has_poses
+
+
+def test_local_from_the_first_iteration(small_set: Callable[..., Path]) -> None:
+    """With poses, and a first grid as fine as local searches' one."""
+
+    def posed(optics: pd.DataFrame, particles: pd.DataFrame, images: np.ndarray) -> None:
+        particles["rlnAngleRot"], particles["rlnAngleTilt"], particles["rlnAnglePsi"] = 10.0, 50.0, -70.0
+
+    sampling = replace(OPTIONS.sampling, local_healpix_order=1, sigma_ang=7.0)
+    for change, local in ((posed, True), (None, False)):
+        particles = Particles.read(small_set(change))
+        refiner = Refiner(replace(OPTIONS, sampling=sampling), particles, read_map("reference.mrc")[0])
+        assert refiner.state.local_sigma == (7.0 if local else None)
+        assert refiner.step().local == local
+    useless = replace(sampling, local_healpix_order=4)
+    with pytest.raises(InputError, match=r"sampling.sigma_ang=7: the first search is not local"):
+        Refiner(replace(OPTIONS, sampling=useless), particles, read_map("reference.mrc")[0])
+
+
+def test_two_particles_are_dealt_to_both_halves(small_set: Callable[..., Path]) -> None:
+    particles, reference = Particles.read(small_set(n=2)), read_map("reference.mrc")[0]
+    for seed in range(4):
+        refiner = Refiner(replace(OPTIONS, seed=seed), particles, reference)
+        assert sorted(refiner.state.subset.tolist()) == [0, 1]
+
+
+def test_optics_group_of_one_particle(small_set: Callable[..., Path]) -> None:
+    """It is not its own average: the half without it must not take it for free of noise."""
+
+    def alone(optics: pd.DataFrame, particles: pd.DataFrame, images: np.ndarray) -> None:
+        optics.loc[1] = optics.loc[0]
+        optics["rlnOpticsGroup"] = [1, 2]
+        particles.loc[5, "rlnOpticsGroup"] = 2
+
+    refiner = Refiner(OPTIONS, Particles.read(small_set(alone)), read_map("reference.mrc")[0])
+    for half in refiner.state.halves:
+        assert all(bool((spectrum[1:8] > 0).all()) for spectrum in half.sigma2_noise)
+
+
+@pytest.mark.parametrize(("label", "message"), [
+    ("rlnOpticsGroup", "optics group opticsGroup1: all 2 images looked at are constant or not finite"),
+    ("rlnRandomSubset", "no particle of one half can be used"),
+])  # fmt: skip
+def test_nothing_that_can_be_used(small_set: Callable[..., Path], label: str, message: str) -> None:
+    """All images of an optics group, or of a half, are constant."""
+
+    def blank(optics: pd.DataFrame, particles: pd.DataFrame, images: np.ndarray) -> None:
+        optics.loc[1] = optics.loc[0]
+        optics["rlnOpticsGroup"] = [1, 2]
+        particles["rlnOpticsGroup"] = [1, 2] * 6
+        particles[label] = [2] * 10 + [1, 1]
+        images[10:] = 3.0
+
+    particles, reference = Particles.read(small_set(blank)), read_map("reference.mrc")[0]
+    with pytest.raises(InputError, match=message):
+        list(Refiner(OPTIONS, particles, reference))

@@ -28,7 +28,9 @@ def draw(table: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
     Memory in megabytes shares one logarithmic panel. A column's floor, what the device could do, is dashed. What all
     cases have in common stands above, what those of a line have in common beside its name.
     """
-    axis = next((name for name in AXES if name in table and table[name].nunique() > 1), "precision")
+    there = [name for name in AXES if name in table]
+    alike = "precision" if "precision" in there else there[0]
+    axis = next((name for name in there if table[name].nunique() > 1), alike)
     together = all(name.endswith("_mb") for name in columns)
     lines = [name for name in LINES if name in table and name != axis and table[name].nunique() > 1]
     panels = [columns] if together else [(name,) for name in columns]

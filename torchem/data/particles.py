@@ -246,7 +246,11 @@ class Particles:
             self._check_normalised(particle_diameter)
 
     def write(self, path: str | Path, comment: str = "") -> None:
-        """Write as RELION 5's data file, image names such that they are found from the current folder."""
+        """Write as RELION 5's data file."""
+        write_star(path, {"optics": self.optics_table, "particles": self.located_table()}, comment)
+
+    def located_table(self) -> pd.DataFrame:
+        """``table`` with image names that are found from the current folder, whatever file they stand in."""
         table = self.table
         here = Path.cwd()
         names = {}
@@ -268,7 +272,7 @@ class Particles:
                 for row in range(len(old))
             ]
             table = table.assign(rlnImageName=new)
-        write_star(path, {"optics": self.optics_table, "particles": table}, comment)
+        return table
 
     def _resolve(self, name: str) -> Path:
         return find(name, root=self.root, beside=self.source.parent, where=str(self.source))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchem.data.particles import Particles
+from torchem.errors import InputError
 from torchem.imaging.ctf import Optics, aberration_phase, ctf_of_terms, ctf_terms, mtf
 from torchem.imaging.fourier import FourierPixels, half_transform, inverse_half_transform, squared_magnitude
 from torchem.imaging.masks import apply_circular_mask
@@ -366,7 +367,7 @@ def estimate_noise(
     """First noise spectrum of an optics group: mean power of up to 1,000 images less that of their average.
 
     σ²(s) = ½ mean over particles of the mean of |X|² over the shell, minus half the shell mean of |mean X|²; where
-    that is negative the lower neighbour stands.
+    that is negative the lower neighbour stands. A single image is not its own average: all of its power is noise.
 
     Parameters
     ----------
@@ -380,8 +381,18 @@ def estimate_noise(
     Returns
     -------
     `(box//2 + 1,)` double.
+
+    Raises
+    ------
+    InputError
+        None of the images that were looked at can be used.
     """
     batch, chosen = images.sample(members)
+    if not len(batch):
+        raise InputError(
+            f"optics group {optics.name}: all {min(len(members), NOISE_PARTICLES)} images looked at are constant or "
+            "not finite; correct the stack, or leave the group out"
+        )
     batch = translate(batch, _whole(origin_angst.to(batch.device)[chosen] / optics.pixel_size).long())
     if particle_diameter is not None:
         batch = apply_circular_mask(batch, particle_diameter / (2 * optics.pixel_size))
@@ -392,7 +403,7 @@ def estimate_noise(
     sums = pixels.shell_matrix(optics.box) * twice[:, None]
     counts = sums.sum(0).clamp(min=1)
     each = squared_magnitude(transforms).double().mean(0) @ sums / counts
-    average = squared_magnitude(transforms.mean(0)).double() @ sums / counts
+    average = squared_magnitude(transforms.mean(0)).double() @ sums / counts if len(batch) > 1 else 0.0
     sigma2 = (each - average) / 2
     for shell in range(1, len(sigma2)):
         if sigma2[shell] < 0:

@@ -14,6 +14,7 @@ from torchem.em.reconstruction import (
     prior_from_fsc,
 )
 from torchem.em.sums import Sums
+from torchem.errors import InputError
 from torchem.imaging.fourier import squared_magnitude
 from torchem.imaging.projection import fourier_volume
 from torchem.imaging.resolution import phase_randomised_fsc
@@ -128,6 +129,11 @@ def update_parameters(
     total = sums.pdf_direction.sum()
     single = torch.cat((total[None], sums.offset_square[None], sums.totals)).tolist()
     weight, offset_square, particles, norm_sum, pmax, log_likelihood = single
+    if not weight > 0:
+        raise InputError(
+            "no particle of one half can be used, see the warnings above; correct the stack, take more particles, or "
+            "remove the column rlnRandomSubset"
+        )
     if norm:
         model.norm_average = norm_sum / weight
     if scale and not cross_correlation and len(model.scale) > 1:

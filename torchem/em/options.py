@@ -64,10 +64,10 @@ class SamplingOptions:
     oversampling: int = 1
     adaptive_fraction: float = 0.999
     perturb: float = 0.5  # of the angular step and of the offset step
-    local_healpix_order: int = 4  # local searches from this order on
+    local_healpix_order: int = 4  # local searches from this order on, in the first iteration if there are poses
     low_resol_join_halves: float = 40.0  # Å; -1: the halves are never joined
     start_from_poses: bool = False  # local searches around the poses of the input
-    sigma_ang: float | None = None  # degrees, width of the angular prior in local searches; coarse step if none
+    sigma_ang: float | None = None  # degrees, width of the first local searches' angular prior; coarse step if none
 
 
 @dataclass
@@ -232,6 +232,11 @@ class RefineOptions:
             problems.add(
                 f"reference.ini_high={self.reference.ini_high:g}: these images hold resolutions between "
                 f"{highest:g} Å (Nyquist) and {lowest:g} Å (the box); RELION's usual choice is 60"
+            )
+        if s.sigma_ang is not None and not (s.start_from_poses or s.healpix_order >= s.local_healpix_order):
+            problems.add(
+                f"sampling.sigma_ang={s.sigma_ang:g}: the first search is not local; give "
+                "sampling.start_from_poses=true, or leave it out"
             )
         if s.start_from_poses and not particles.has_poses:
             problems.add(

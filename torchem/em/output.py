@@ -57,7 +57,7 @@ class Output:
         optics = particles.optics[0]
         self.box, self.pixel_size = optics.box, optics.pixel_size
         # as they are sent to the other process: text takes long to pickle
-        self._tables = pickle.dumps({"optics": particles.optics_table, "particles": particles.table})
+        self._tables = pickle.dumps({"optics": particles.optics_table, "particles": particles.located_table()})
         # a single thread keeps the order, and Python ends no process before it is through
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="torchem-output")
         self._writing: Future[None] | None = None

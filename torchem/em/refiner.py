@@ -121,7 +121,10 @@ class Refiner:
         refiner = cls.__new__(cls)
         refiner._set_up(options, particles, mask, folder, world, simulated, progress)
         refiner.state = load_checkpoint(checkpoints[max(whole, key=int)], refiner.device)
-        before = len(refiner.state.subset), refiner.state.halves[0].references.shape[-1]
+        references = refiner.state.halves[0].references
+        if references.dtype != refiner.dtype:
+            raise InputError(f"{folder}: was not begun with precision={options.precision}; go on with the other one")
+        before = len(refiner.state.subset), references.shape[-1]
         if before != (len(particles), refiner.box):
             raise InputError(
                 f"{folder}: was begun with {before[0]} particles of {before[1]} px, but {particles.source} has "
@@ -434,9 +437,10 @@ class Refiner:
         parameters = None if self.ctf_parameters is None else self.ctf_parameters[chosen.to(self.device)]
         ctf, _ = modulations(geometry, parameters, len(chosen), self.dtype)
         sigma2 = state.halves[0].sigma2_noise[group]
+        inverse_sigma2 = torch.where(sigma2 > 0, 1 / sigma2, 0.0)
         shell = geometry.pixels.shell[: geometry.n_pixels]
         state.accuracy_angles, state.accuracy_offsets, state.orientability = schedule.estimate_accuracy(
-            volumes, geometry, ctf, (1 / sigma2).to(self.dtype)[shell],
+            volumes, geometry, ctf, inverse_sigma2.to(self.dtype)[shell],
             state.poses.euler[chosen].to(self.device), state.poses.class_number[chosen].to(self.device),
             state.current_size // 2, PADDING, self.box, state.generator,
         )  # fmt: skip

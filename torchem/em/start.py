@@ -50,6 +50,9 @@ def initial_state(
         )
         for group, optics in enumerate(particles.optics)
     ]  # fmt: skip
+    # as RELION, where the first grid is one of local searches
+    fine = particles.has_poses and sampling.healpix_order >= sampling.local_healpix_order
+    starts_locally = sampling.start_from_poses or fine
     filtered = low_pass(reference, pixel_size, options.reference.ini_high)
     n_directions = Grid(first_sampling).n_directions
     return State(
@@ -62,7 +65,7 @@ def initial_state(
         subset=_halves(particles, generator),
         generator=generator,
         orientability=torch.zeros(len(reference) // 2 + 1, dtype=torch.float64),
-        local_sigma=(sampling.sigma_ang or first_sampling.angular_step) if sampling.start_from_poses else None,
+        local_sigma=(sampling.sigma_ang or first_sampling.angular_step) if starts_locally else None,
     )
 
 
@@ -78,6 +81,8 @@ def _halves(particles: Particles, generator: torch.Generator) -> Tensor:
     given = particles.random_subset
     n = len(particles)
     subset = torch.randint(2, (n,), generator=generator) if given is None else torch.tensor(given) - 1
+    if given is None and len(subset.unique()) < 2:
+        subset[-1] = 1 - subset[-1]  # of few particles all may fall on one side
     if len(subset.unique()) < 2:
         raise InputError(
             f"{particles.source}: all {n} particles are in one half; remove the column rlnRandomSubset, "

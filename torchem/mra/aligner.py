@@ -253,7 +253,7 @@ class ReferenceFreeAligner(_Aligner):
         """One iteration: align to the running average, and average again."""
         started = time.perf_counter()
         state, options = self.state, self.options
-        reach, finer = STAGES[state.stage]
+        reach, finer = STAGES[min(state.stage, len(STAGES) - 1)]
         shifts = Shifts(reach * options.x_range, reach * options.y_range, finer * options.step)
         state.iteration += 1
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 
 from torchem.data.alignment import to_relion, write_parameters
@@ -20,9 +20,6 @@ from torchem.errors import InputError
 from torchem.mra.state import Iteration, State
 from torchem.ops.correlation import Alignment
 from torchem.runtime.run_folder import ALIGNED as MARK
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class Output:
@@ -66,7 +63,17 @@ class Output:
         found = to_relion(parameters, self.images.pixel_size or 1.0)
         particles = self.images.particles
         if particles is None:
-            write_star(self.folder / name, {"particles": found}, self.comment)
+            blocks = {"particles": found}
+            if self.images.pixel_size is not None:
+                optics = {
+                    "rlnOpticsGroupName": ["opticsGroup1"],
+                    "rlnOpticsGroup": [1],
+                    "rlnImagePixelSize": [self.images.pixel_size],
+                    "rlnImageSize": [self.images.box],
+                    "rlnImageDimensionality": [2],
+                }
+                blocks = {"optics": pd.DataFrame(optics), "particles": found.assign(rlnOpticsGroup=1)}
+            write_star(self.folder / name, blocks, self.comment)
             return
         table = particles.table.copy()
         for label in found.columns.drop("rlnImageName"):
