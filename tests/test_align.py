@@ -153,12 +153,11 @@ def test_goes_on_with_more_iterations(capsys: pytest.CaptureFixture[str]) -> Non
 def test_report_of_what_went_on_is_drawn_again() -> None:
     align(OPTIONS)
     page = OUT / "run_report.html"
-    written = page.read_bytes()
     # a run that went on and died before it drew
     page.write_text("old")
     os.utime(page, ns=(0, 0))
     align(OPTIONS)
-    assert page.read_bytes() == written
+    assert "Class averages" in page.read_text()
 
 
 def test_finished_run_needs_neither_images_nor_iterations(capsys: pytest.CaptureFixture[str]) -> None:
