@@ -41,6 +41,14 @@ log = logging.getLogger("torchem.align")
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What is aligned, and to what: images not yet read, references `(k, L, L)` if there are any."""
+
+    images: Images
+    references: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class Job:
     """What rank 0 found out before the work and tells the others."""
 
@@ -97,17 +105,21 @@ def run(options: AlignOptions, folder: Path, world: World, progress: Progress) -
         Anything that keeps it from starting, before any work.
     """
 
+    inputs: Inputs | None = None
+
     def first() -> Job:
+        nonlocal inputs
         job = plan(options, folder)
         if not job.finished:
-            prepare(job)
+            inputs = prepare(job)
         return job
 
     job = world.first(first)
     if not job.finished:
-        _iterate(job, world, progress)
+        inputs = inputs or load(job.options)
+        _iterate(job, inputs, world, progress)
     if world.rank == 0:
-        _conclude(job)
+        _conclude(job, inputs)
 
 
 def plan(options: AlignOptions, folder: Path) -> Job:
@@ -152,7 +164,7 @@ def _settled(folder: Path) -> bool | None:
     return load_checkpoint(folder, torch.device("cpu")).converged
 
 
-def prepare(job: Job) -> None:
+def prepare(job: Job) -> Inputs:
     """Do all that comes before the first iteration: every check, and the folder.
 
     Raises
@@ -163,7 +175,8 @@ def prepare(job: Job) -> None:
     import numpy as np
 
     options, folder = job.options, job.state.folder
-    images, references = load(options)
+    inputs = load(options)
+    images, references = inputs.images, inputs.references
     options.check_against(len(images), images.box, None if references is None else references.shape)
     images.check()
     if references is not None and not (good := np.isfinite(references).all((1, 2))).all():
@@ -178,25 +191,25 @@ def prepare(job: Job) -> None:
         run_folder.make_room(folder, MARK)
     run_folder.prepare(folder, (options.max_iterations + 1) * each)
     run_folder.write_settings(folder, asdict(options))
+    return inputs
 
 
-def load(options: AlignOptions) -> tuple[Images, np.ndarray | None]:
+def load(options: AlignOptions) -> Inputs:
     """Open the images (nothing is read yet), and read the references if there are any."""
     from torchem.data.images import Images
 
     dataset = options.dataset
     images = Images.open(options.images or dataset.star or "", root=dataset.root, pixel_size=dataset.pixel_size)
     if options.references is None:
-        return images, None
+        return Inputs(images, None)
     references = Images.open(options.references)
-    return images, references.read(list(range(len(references))))
+    return Inputs(images, references.read(list(range(len(references)))))
 
 
-def _iterate(job: Job, world: World, progress: Progress) -> None:
+def _iterate(job: Job, inputs: Inputs, world: World, progress: Progress) -> None:
     from torchem.mra.aligner import MultiReferenceAligner, ReferenceFreeAligner
 
-    state, options = job.state, job.options
-    images, references = load(options)
+    state, options, images = job.state, job.options, inputs.images
     aligner = MultiReferenceAligner if options.mode == "mra" else ReferenceFreeAligner
     if state.iteration is None:
         log.info("aligning %d images of %d px in %s", len(images), images.box, state.folder)
@@ -204,7 +217,7 @@ def _iterate(job: Job, world: World, progress: Progress) -> None:
         log.info("going on after iteration %d in %s", state.iteration, state.folder)
     make = aligner if state.iteration is None else aligner.resume
     for iteration in make(
-        options, images, references, folder=state.folder, world=world, progress=progress.task("images")
+        options, images, inputs.references, folder=state.folder, world=world, progress=progress.task("images")
     ):
         log.info("%s", _line(iteration, options, images.pixel_size))
 
@@ -228,12 +241,12 @@ def _line(iteration: Iteration, options: AlignOptions, pixel_size: float | None)
     return ", ".join(parts)
 
 
-def _conclude(job: Job) -> None:
+def _conclude(job: Job, inputs: Inputs | None) -> None:
     """Say what was reached and where it is, and draw it."""
     folder = job.state.folder
     page, iteration = folder / "run_report.html", run_folder.inspect(folder, MARK).iteration
     if not run_folder.is_newer(page, folder / f"run_{MARK}"):
-        _report(job.options, folder, load(job.options)[0])
+        _report(job.options, folder, (inputs or load(job.options)).images)
     how = {True: "settled", False: "stopped by max_iterations, not settled (a larger one goes on),", None: "done"}
     reached = how[_settled(folder)] + ("" if iteration is None else f" after iteration {iteration}")
     log.info(

@@ -76,10 +76,9 @@ class Settings:
         if self.x_range is not None and not 0 <= self.x_range < 50:
             raise InputError(f"x_range={self.x_range}: must be between 0 and 50 px")
         if self.bench != "squared_difference":
-            if self.precision not in (None, "single", "double"):
-                raise InputError(f"precision={self.precision}: must be single or double for bench={self.bench}")
-            if self.bench == "mra" and self.precision == "double":
-                raise InputError("precision=double: bench=mra measures single precision; leave it out")
+            kinds = ("single",) if self.bench == "mra" else ("single", "double")
+            if self.precision not in (None, *kinds):
+                raise InputError(f"precision={self.precision}: must be {' or '.join(kinds)} for bench={self.bench}")
             if self.backend is not None:
                 raise InputError(f"backend={self.backend}: only bench=squared_difference has a choice")
 

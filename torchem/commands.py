@@ -77,8 +77,9 @@ def check_option_names(arguments: Sequence[str], known: Collection[str], groups:
         if not equals or key.startswith("-") or name in known or name.partition(".")[0].startswith("hydra"):
             continue
         if name in groups:
-            if not key.startswith("+") or value in ("", "null"):
-                raise InputError(f"{argument}: write +{name}={value if value not in ('', 'null') else 'NAME'}")
+            wanted = "NAME" if value in ("", "null") else value
+            if wanted != value or not key.startswith("+"):
+                raise InputError(f"{argument}: write +{name}={wanted}")
             continue
         near = _like(name, known)
         advice = f"did you mean {near[0]}?" if near else "see --cfg job for all options"

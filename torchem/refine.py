@@ -377,14 +377,13 @@ def _conclude(job: Job) -> None:
     state = run_folder.inspect(job.state.folder)
     reached = _reached(state)
     picture = state.folder / "run.png"
-    last = "run" if state.finished else f"run_it{state.iteration:03d}"
-    if not run_folder.is_newer(picture, state.folder / f"{last}_{run_folder.REFINED}"):
+    if not run_folder.is_newer(picture, state.folder / f"{state.stem}_{run_folder.REFINED}"):
         from torchem.report.run_figure import run_figure
 
         dataset = job.options.dataset
         title = f"{dataset.name}, {dataset.symmetry}: {reached}"
         beside.call(run_figure, state.folder.absolute(), title, job.simulated)
-    map_ = state.folder / f"{last if state.finished else last + '_half1'}_class001.mrc"
+    map_ = state.folder / f"{state.stem}{'' if state.finished else '_half1'}_class001.mrc"
     log.info("%s%s; map: %s, picture: %s", "SIMULATED particles: " if job.simulated else "", reached, map_, picture)
 
 
@@ -392,13 +391,12 @@ def _reached(state: RunState) -> str:
     """What a run has come to, from its files."""
     from torchem.data.star import read_star
 
-    stem = "run" if state.finished else f"run_it{state.iteration:03d}_half1"
-    shells = read_star(state.folder / f"{stem}_model.star", last="model_class_1")["model_class_1"]
+    half = "" if state.finished else "_half1"
+    shells = read_star(state.folder / f"{state.stem}{half}_model.star", last="model_class_1")["model_class_1"]
     below = (shells["rlnGoldStandardFsc"].to_numpy(float) < 0.143).nonzero()[0]
     last = max(1, below[0] - 1 if len(below) else len(shells) - 1)
     angst = shells["rlnAngstromResolution"].to_numpy(float)[last]
-    optimiser = "run" if state.finished else f"run_it{state.iteration:03d}"
-    general = read_star(state.folder / f"{optimiser}_optimiser.star")["optimiser_general"]
+    general = read_star(state.folder / f"{state.stem}_{run_folder.REFINED}")["optimiser_general"]
     mask = "mask corrected for" if general["rlnDoSolventFscCorrection"] else "no mask"
     how = "converged" if state.finished else "stopped at max_iterations before convergence"
     limit = "" if len(below) else ", the limit of these pixels"

@@ -288,9 +288,8 @@ class Expectation:
     # scores
 
     def _inverse_sigma2(self, batch: ImageBatch, optics_group: int) -> Tensor:
-        sigma2 = self.model.sigma2_noise[optics_group]
         shell = batch.geometry.pixels.shell[: batch.geometry.n_pixels]
-        return torch.where(sigma2 > 0, 1 / sigma2, 0.0).to(self.dtype)[shell]
+        return self.model.inverse_sigma2(optics_group).to(self.dtype)[shell]
 
     def _score_operands(
         self, batch: ImageBatch, inverse_sigma2: Tensor, scale: Tensor, n_pixels: int

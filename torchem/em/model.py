@@ -72,6 +72,11 @@ class Model:
             norm_average=norm_average,
         )
 
+    def inverse_sigma2(self, optics_group: int) -> Tensor:
+        """`(box//2 + 1,)` 1/σ² of an optics group's noise; 0 where nothing is known of it."""
+        sigma2 = self.sigma2_noise[optics_group]
+        return torch.where(sigma2 > 0, 1 / sigma2, 0.0)
+
     def spread_directions(self, n_directions: int) -> None:
         """Start on a new grid: each class's probability, flat over its directions."""
         self.pdf_direction = (self.pdf_class[:, None] / n_directions).repeat(1, n_directions)

@@ -69,6 +69,10 @@ class SamplingOptions:
     start_from_poses: bool = False  # local searches around the poses of the input
     sigma_ang: float | None = None  # degrees, width of the first local searches' angular prior; coarse step if none
 
+    def starts_locally(self, has_poses: bool) -> bool:
+        """Whether the first iteration searches around the poses: if told to, or as fine a grid as RELION does it on."""
+        return self.start_from_poses or (has_poses and self.healpix_order >= self.local_healpix_order)
+
 
 @dataclass
 class DistributedOptions:
@@ -233,7 +237,7 @@ class RefineOptions:
                 f"reference.ini_high={self.reference.ini_high:g}: these images hold resolutions between "
                 f"{highest:g} Å (Nyquist) and {lowest:g} Å (the box); RELION's usual choice is 60"
             )
-        if s.sigma_ang is not None and not (s.start_from_poses or s.healpix_order >= s.local_healpix_order):
+        if s.sigma_ang is not None and not s.starts_locally(has_poses=True):
             problems.add(
                 f"sampling.sigma_ang={s.sigma_ang:g}: the first search is not local; give "
                 "sampling.start_from_poses=true, or leave it out"

@@ -34,7 +34,7 @@ from torchem.imaging.masks import soft_sphere
 from torchem.imaging.resolution import raised_cosine_lowpass, resolution_at
 from torchem.imaging.symmetry import euler_angles, operators
 from torchem.ops.squared_difference import CPU_LADDER, LADDER
-from torchem.runtime import memory
+from torchem.runtime import memory, run_folder
 from torchem.runtime.cpu import allow_fast_products
 from torchem.runtime.distributed import World, be_deterministic, device_named
 
@@ -114,22 +114,15 @@ class Refiner:
         progress: Callable[[int, int], None] | None = None,
     ) -> "Refiner":  # fmt: skip
         """Go on after the last iteration that ``folder`` holds whole; ``reference`` is not looked at."""
-        checkpoints = {p.name[6:-14]: p for p in Path(folder).glob("run_it*_checkpoint.pt")}
-        whole = [n for n in checkpoints if (Path(folder) / f"run_it{n}_optimiser.star").is_file()]
-        if not whole:
-            raise InputError(f"{folder}: holds no whole iteration of torchem; start a new run with run_name=NEW")
+        checkpoint = run_folder.last_checkpoint(Path(folder))
         refiner = cls.__new__(cls)
         refiner._set_up(options, particles, mask, folder, world, simulated, progress)
-        refiner.state = load_checkpoint(checkpoints[max(whole, key=int)], refiner.device)
+        refiner.state = load_checkpoint(checkpoint, refiner.device)
         references = refiner.state.halves[0].references
         if references.dtype != refiner.dtype:
             raise InputError(f"{folder}: was not begun with precision={options.precision}; go on with the other one")
-        before = len(refiner.state.subset), references.shape[-1]
-        if before != (len(particles), refiner.box):
-            raise InputError(
-                f"{folder}: was begun with {before[0]} particles of {before[1]} px, but {particles.source} has "
-                f"{len(particles)} of {refiner.box} px; give the same particles, or start a new run with run_name=NEW"
-            )
+        before, now = (len(refiner.state.subset), references.shape[-1]), (len(particles), refiner.box)
+        run_folder.refuse_other_input(Path(folder), "particles", before, str(particles.source), now)
         refiner._make_grid()
         return refiner
 
@@ -436,8 +429,7 @@ class Refiner:
         geometry = geometries[group]
         parameters = None if self.ctf_parameters is None else self.ctf_parameters[chosen.to(self.device)]
         ctf, _ = modulations(geometry, parameters, len(chosen), self.dtype)
-        sigma2 = state.halves[0].sigma2_noise[group]
-        inverse_sigma2 = torch.where(sigma2 > 0, 1 / sigma2, 0.0)
+        inverse_sigma2 = state.halves[0].inverse_sigma2(group)
         shell = geometry.pixels.shell[: geometry.n_pixels]
         state.accuracy_angles, state.accuracy_offsets, state.orientability = schedule.estimate_accuracy(
             volumes, geometry, ctf, inverse_sigma2.to(self.dtype)[shell],

@@ -50,9 +50,7 @@ def initial_state(
         )
         for group, optics in enumerate(particles.optics)
     ]  # fmt: skip
-    # as RELION, where the first grid is one of local searches
-    fine = particles.has_poses and sampling.healpix_order >= sampling.local_healpix_order
-    starts_locally = sampling.start_from_poses or fine
+    local = sampling.starts_locally(particles.has_poses)
     filtered = low_pass(reference, pixel_size, options.reference.ini_high)
     n_directions = Grid(first_sampling).n_directions
     return State(
@@ -65,7 +63,7 @@ def initial_state(
         subset=_halves(particles, generator),
         generator=generator,
         orientability=torch.zeros(len(reference) // 2 + 1, dtype=torch.float64),
-        local_sigma=(sampling.sigma_ang or first_sampling.angular_step) if starts_locally else None,
+        local_sigma=(sampling.sigma_ang or first_sampling.angular_step) if local else None,
     )
 
 

@@ -67,7 +67,8 @@ def gallery(
         axis = figure.add_axes((0, 0, 1, 1 - head / height))
         axis.set_axis_off()
         for place, index in enumerate(order.tolist()):
-            y, x = (n * step for n, step in zip(divmod(place, columns), (high, wide), strict=True))
+            row, column = divmod(place, columns)
+            y, x = row * high, column * wide
             sheet[y : y + box, x : x + box] = shown[place]
             name = f"{index}" if members is None else f"{index}: {int(members[index]):,}"
             name += f"\n{labels[index]}" if labels else ""

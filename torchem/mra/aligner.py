@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from torchem.data.images import Images
-from torchem.errors import InputError
 from torchem.imaging.planar import transformed
 from torchem.mra.averages import (
     SMALLEST,
@@ -39,6 +38,7 @@ from torchem.mra.output import Output, load_checkpoint
 from torchem.mra.state import Iteration, State
 from torchem.ops.correlation import Alignment, References, Shifts, align
 from torchem.runtime.distributed import World, device_named
+from torchem.runtime.run_folder import refuse_other_input
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +78,7 @@ class _Aligner(ABC):
         aligner._set_up(options, images, folder, world, simulated, progress)
         aligner.state = load_checkpoint(Path(folder), aligner.device)
         before = len(aligner.state.alignment.peak), aligner.state.references.shape[-1]
-        if before != (len(images), images.box):
-            raise InputError(
-                f"{folder}: was begun with {before[0]} images of {before[1]} px, but {images.source} has "
-                f"{len(images)} of {images.box} px; give the same images, or start a new run with run_name=NEW"
-            )
+        refuse_other_input(Path(folder), "images", before, images.source, (len(images), images.box))
         return aligner
 
     def __iter__(self) -> Iterator[Iteration]:

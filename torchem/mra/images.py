@@ -58,9 +58,9 @@ class Batches:
     def _read(self, part: int) -> tuple[Tensor, torch.cuda.Event | None]:
         if self._kept is not None and part in self._kept:
             return self._kept[part], None
-        images = self._stored(self.parts[part])
         if self._device.type != "cuda":
-            return _less_border(images), None
+            return self.read(self.parts[part]), None
+        images = self._stored(self.parts[part])
         with torch.cuda.stream(self._stream):
             moved = _less_border(images.to(self._device, non_blocking=True))
             event = self._stream.record_event()

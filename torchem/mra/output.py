@@ -16,10 +16,10 @@ from torchem.data.checkpoint import read_checkpoint, write_checkpoint
 from torchem.data.images import Images
 from torchem.data.mrc import write_stack
 from torchem.data.star import write_star
-from torchem.errors import InputError
 from torchem.mra.state import Iteration, State
 from torchem.ops.correlation import Alignment
 from torchem.runtime.run_folder import ALIGNED as MARK
+from torchem.runtime.run_folder import last_checkpoint
 
 
 class Output:
@@ -98,13 +98,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State:
     InputError
         There is none.
     """
-    whole = [
-        path for path in folder.glob("run_it*_checkpoint.pt")
-        if path.with_name(path.name.replace("checkpoint.pt", MARK)).is_file()
-    ]  # fmt: skip
-    if not whole:
-        raise InputError(f"{folder}: holds no whole iteration of torchem; start a new run with run_name=NEW")
-    plain = read_checkpoint(max(whole, key=lambda path: int(path.name[6 : -len("_checkpoint.pt")])))
+    plain = read_checkpoint(last_checkpoint(folder, MARK))
     plain["alignment"] = Alignment(**{name: values.to(device) for name, values in plain["alignment"].items()})
     for name in ("references", "pixel_error"):
         plain[name] = plain[name].to(device)

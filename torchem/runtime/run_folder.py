@@ -49,6 +49,11 @@ class RunState:
     def used(self) -> bool:
         return self.iteration is not None or self.finished
 
+    @property
+    def stem(self) -> str:
+        """How the names of the result's files begin, or of the last iteration's where there is no result."""
+        return "run" if self.finished else f"run_it{self.iteration:03d}"
+
 
 def inspect(folder: Path, mark: str = REFINED) -> RunState:
     """Read the state of a run folder, which need not exist; ``mark`` ends the name of what is written last."""
@@ -123,6 +128,30 @@ def settings_of(folder: Path, mark: str = REFINED) -> dict[str, Any]:
     if state.foreign:
         raise InputError(f"resume={folder}: what is there is another command's; give the folder of a run of this one")
     return state.settings
+
+
+def last_checkpoint(folder: Path, mark: str = REFINED) -> Path:
+    """Checkpoint of the last iteration that `folder` holds whole.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    checkpoints = {path.name[6:-14]: path for path in folder.glob("run_it*_checkpoint.pt")}
+    whole = [number for number in checkpoints if (folder / f"run_it{number}_{mark}").is_file()]
+    if not whole:
+        raise InputError(f"{folder}: holds no whole iteration of torchem; start a new run with run_name=NEW")
+    return checkpoints[max(whole, key=int)]
+
+
+def refuse_other_input(folder: Path, what: str, before: tuple[int, int], source: str, now: tuple[int, int]) -> None:
+    """Raise `InputError` unless a run in `folder` was begun with as many of `what`, and as large, as `source` has."""
+    if before != now:
+        raise InputError(
+            f"{folder}: was begun with {before[0]} {what} of {before[1]} px, but {source} has {now[0]} of {now[1]} px; "
+            f"give the same {what}, or start a new run with run_name=NEW"
+        )
 
 
 def is_newer(path: Path, than: Path) -> bool:
